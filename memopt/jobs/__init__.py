@@ -1,0 +1,1 @@
+"""The orchestrations (fine-tune, export, ...): the only place where model, data, plan, store and engine meet."""

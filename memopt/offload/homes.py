@@ -1,0 +1,146 @@
+"""Where every unit's vectors live: in DRAM for good, or on SSD with a stay in a slot when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from memopt.ledger import Ledger, Lease
+from memopt.offload.layout import Layout, Unit
+from memopt.optim_types import UpdateRule
+from memopt.plan_types import Residence
+from memopt.store.block_store import BlockStore
+from memopt.store.regions import Region
+from memopt.store.transfer import Transfer
+from memopt.tiers import Category, Tier
+
+
+def weights_name(unit: Unit) -> str:
+    return f"{unit.name}.weights"
+
+
+def frozen_name(unit: Unit) -> str:
+    return f"{unit.name}.frozen"
+
+
+def moments_name(unit: Unit) -> str:
+    return f"{unit.name}.moments"
+
+
+def gradient_name(unit: Unit) -> str:
+    return f"{unit.name}.gradient"
+
+
+@dataclass
+class Home:
+    """One unit. A vector that is None lives on SSD."""
+
+    unit: Unit
+    index: int
+    """Position among all units: the tensor key of stochastic rounding."""
+    weights: torch.Tensor | None = None
+    """(numel,) float32 master."""
+    frozen: torch.Tensor | None = None
+    """(frozen_bytes,) uint8."""
+    moments: torch.Tensor | None = None
+    """Chunk records one after the other, uint8."""
+    gradient: torch.Tensor | None = None
+    """(numel,) float32, allocated when gradients of this unit are held in DRAM."""
+    updating: Transfer | None = None
+    """The last update submitted for this unit."""
+    writes: list[Transfer] = field(default_factory=list)
+    """What that update wrote."""
+
+    @property
+    def resident(self) -> bool:
+        """No read is needed before computing with this unit."""
+        return (self.weights is not None or not self.unit.trained) and (self.frozen is not None or not self.unit.frozen)
+
+    def wait_updated(self) -> None:
+        """Wait until the last update is in memory (if the weights live there) and its writes are issued."""
+        if self.updating is not None:
+            self.updating.wait()
+
+    def settle(self) -> None:
+        """Wait until the weights of the last update can be read back from SSD."""
+        self.wait_updated()
+        for write in self.writes:
+            write.wait()
+
+
+class Homes:
+    """All units of a model with the memory of those that stay in DRAM, charged to the ledger."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        residence: Mapping[str, Residence],
+        store: BlockStore,
+        scratch: BlockStore | None,
+        ledger: Ledger,
+        rule: UpdateRule,
+        *,
+        hold_gradients: frozenset[str],
+        pin: bool,
+    ):
+        self.layout, self.store, self.rule = layout, store, rule
+        self._ledger, self._pin, self._scratch = ledger, pin, scratch
+        self._regions: list[Region] = []
+        self._leases: list[Lease] = []
+        self._by_name: dict[str, Home] = {}
+        for index, unit in enumerate(layout.units):
+            home = Home(unit, index)
+            where = residence[unit.name]
+            if where.weights == Tier.DRAM:
+                if unit.trained:
+                    home.weights = self._allocate(Category.WEIGHTS, unit.master_bytes, weights_name(unit)).view(torch.float32)
+                if unit.frozen:
+                    home.frozen = self._allocate(Category.WEIGHTS, unit.frozen_bytes, frozen_name(unit))
+            if where.moments == Tier.DRAM and unit.trained:
+                home.moments = self._allocate(Category.OPTIMIZER, rule.record_bytes(unit.numel), moments_name(unit))
+            if where.gradient == Tier.DRAM and unit.trained and unit.name in hold_gradients:
+                home.gradient = self._allocate(Category.GRADIENTS, unit.master_bytes, gradient_name(unit)).view(torch.float32)
+            self._by_name[unit.name] = home
+
+    def __getitem__(self, unit: Unit) -> Home:
+        return self._by_name[unit.name]
+
+    @property
+    def spill(self) -> BlockStore:
+        """The scratch store: gradients of units whose gradient lives on SSD."""
+        assert self._scratch is not None
+        return self._scratch
+
+    def load(self) -> None:
+        """Read what lives in DRAM from the store."""
+        for home in self._by_name.values():
+            for tensor, name in (
+                (home.weights, weights_name(home.unit)),
+                (home.frozen, frozen_name(home.unit)),
+                (home.moments, moments_name(home.unit)),
+            ):
+                if tensor is not None:
+                    self.store.read(name, as_bytes(tensor)).wait()
+
+    def close(self) -> None:
+        """Give the memory and the leases back."""
+        for home in self._by_name.values():
+            home.weights = home.frozen = home.moments = home.gradient = None
+        for region in self._regions:
+            region.close()
+        for lease in self._leases:
+            lease.release()
+        self._regions, self._leases = [], []
+
+    def _allocate(self, category: Category, nbytes: int, what: str) -> torch.Tensor:
+        self._leases.append(self._ledger.charge(Tier.DRAM, category, nbytes, what))
+        region = Region(nbytes, pin=self._pin)
+        self._regions.append(region)
+        return region.tensor(torch.uint8, nbytes)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.view(torch.uint8).numpy())

@@ -1,0 +1,145 @@
+"""Put what was predicted, charged and measured side by side: the report of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from memopt import __version__
+from memopt.ledger import Ledger
+from memopt.machine import Machine
+from memopt.profiler.session import Measured
+from memopt.report_types import IoUse, Report, SsdUse, Tiers, TierUse, Verdict
+from memopt.tiers import Category, Tier
+
+Prediction = Mapping[Tier, Mapping[Category, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoTotals:
+    """What memopt's own transfers moved (bytes) and took (seconds): `busy_s` some ran, `waited_s` compute waited."""
+
+    read_bytes: int = 0
+    write_bytes: int = 0
+    busy_s: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """What the job itself has to say; all of it goes into the report as it is.
+
+    `predicted`: bytes at the predicted peak of each tier, by category.
+    """
+
+    command: Sequence[str] = ()
+    predicted: Prediction = field(default_factory=dict)
+    predicted_write_bytes: int | None = None
+    results: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None = None) -> Report:
+    """The report of one job. A tier nothing was measured, charged or budgeted on is left out (None)."""
+    tiers = Tiers(
+        gpu=_gpu(measured, ledger, story.predicted),
+        dram=TierUse(
+            upper_bound_bytes=measured.dram_upper_bound_bytes,
+            file_bytes=measured.file_peak_bytes,
+            **_common(Tier.DRAM, measured.dram_peak_bytes, ledger, story.predicted),
+        ),
+        ssd=_ssd(measured, ledger, machine, story, io),
+    )
+    return Report(
+        memopt=__version__,
+        command=list(story.command),
+        started=measured.started,
+        wall_s=measured.wall_s,
+        machine=machine,
+        verdict=_verdict(tiers, measured),
+        tiers=tiers,
+        io=_io(io),
+        phases=measured.phases,
+        timeline=measured.timeline,
+        results=dict(story.results),
+        config=dict(story.config),
+        reasons=list(story.reasons),
+        notes=[*machine.notes, *story.notes, *_own_notes(measured)],
+    )
+
+
+def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Prediction) -> dict[str, Any]:
+    budget = ledger.budget.bytes_of(tier)
+    at_peak = {str(category): nbytes for category, nbytes in ledger.at_peak(tier).items()}
+    charged = ledger.peak_bytes(tier)
+    if peak is not None:
+        # signed: below zero, more was charged than the process ever touched
+        at_peak[Category.OTHER] += peak - charged
+    forecast = {str(category): nbytes for category, nbytes in predicted.get(tier, {}).items()}
+    return {
+        "budget_bytes": budget,
+        "peak_bytes": peak,
+        "charged_peak_bytes": charged,
+        "predicted_bytes": sum(forecast.values()) if forecast else None,
+        "within": None if budget is None or peak is None else peak <= budget,
+        "at_peak": at_peak,
+        "predicted_at_peak": forecast,
+    }
+
+
+def _used(tier: Tier, peak: int | None, ledger: Ledger, predicted: Prediction) -> bool:
+    return (
+        peak is not None or ledger.peak_bytes(tier) > 0 or ledger.budget.bytes_of(tier) is not None or tier in predicted
+    )
+
+
+def _gpu(measured: Measured, ledger: Ledger, predicted: Prediction) -> TierUse | None:
+    peak = measured.gpu_peak_bytes
+    if not _used(Tier.GPU, peak, ledger, predicted):
+        return None
+    return TierUse(**_common(Tier.GPU, peak, ledger, predicted))
+
+
+def _ssd(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None) -> SsdUse | None:
+    peak = measured.ssd_peak_bytes
+    if io is None and not _used(Tier.SSD, peak, ledger, story.predicted):
+        return None
+    return SsdUse(
+        read_bytes=io.read_bytes if io else None,
+        write_bytes=io.write_bytes if io else None,
+        process_read_bytes=measured.process_read_bytes,
+        process_write_bytes=measured.process_write_bytes,
+        predicted_write_bytes=story.predicted_write_bytes,
+        endurance_bytes=machine.ssd_endurance_bytes,
+        **_common(Tier.SSD, peak, ledger, story.predicted),
+    )
+
+
+def _io(io: IoTotals | None) -> IoUse:
+    if io is None or io.busy_s <= 0:
+        return IoUse(waited_s=io.waited_s if io else 0.0)
+    return IoUse(
+        waited_s=io.waited_s,
+        busy_s=io.busy_s,
+        read_per_s=io.read_bytes / io.busy_s,
+        write_per_s=io.write_bytes / io.busy_s,
+        achieved_per_s=(io.read_bytes + io.write_bytes) / io.busy_s,
+    )
+
+
+def _verdict(tiers: Tiers, measured: Measured) -> Verdict:
+    verdicts = [use.within for use in (tiers.gpu, tiers.dram, tiers.ssd) if use is not None]
+    if False in verdicts or measured.oom_kills > 0:
+        return "over"
+    return "within" if True in verdicts else "unbounded"
+
+
+def _own_notes(measured: Measured) -> list[str]:
+    share = measured.cost_s / measured.wall_s if measured.wall_s > 0 else 0.0
+    notes = [f"profiler: {measured.samples} samples, {measured.cost_s:.3f} s of CPU time ({share:.2%} of the run)"]
+    if measured.oom_kills > 0:
+        notes.append(f"the kernel killed {measured.oom_kills} process(es) of this container for memory during the run")
+    return notes
