@@ -14,13 +14,13 @@ from memopt.launchers.options import command
 if TYPE_CHECKING:
     from memopt.report_types import Report
 
-DOC = """Fine-tune a causal language model inside a stated memory budget, and show where every byte went.
-
-What does not fit in memory lives in --offload-dir, which is the checkpoint too: after an interruption, the same command
-with --resume goes on from there.
-
-Sizes are binary: 512MiB, 24GiB, 1TiB, 80%.
-"""
+# One line per paragraph: the help keeps line ends.
+DOC = (
+    "Fine-tune a causal language model inside a stated memory budget, and show where every byte went.\n\n"
+    "What does not fit in memory lives in --offload-dir, which is the checkpoint too: after an interruption, the same "
+    "command with --resume goes on from there.\n\n"
+    "Sizes are binary: 512MiB, 24GiB, 1TiB, 80%."
+)
 
 
 def register(app: typer.Typer) -> None:

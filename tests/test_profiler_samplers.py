@@ -102,7 +102,8 @@ def test_the_high_water_mark_outlives_the_memory() -> None:
 
 
 def test_parses_a_status_file_and_a_kernel_thread() -> None:
-    text = b"Name:\tx\nVmLck:\t 8 kB\nVmHWM:\t 100 kB\nVmRSS:\t 90 kB\nRssAnon:\t 50 kB\nRssFile:\t 30 kB\nRssShmem:\t10 kB\n"
+    lines = ("Name:\tx", "VmLck:\t 8 kB", "VmHWM:\t 100 kB", "VmRSS:\t 90 kB", "RssAnon:\t 50 kB", "RssFile:\t 30 kB")
+    text = "\n".join((*lines, "RssShmem:\t10 kB", "")).encode()
     memory = samplers.parse_status(text)
     assert memory == ProcessMemory(50 * KiB, 10 * KiB, 30 * KiB, 8 * KiB, 100 * KiB)
     assert memory.charged_bytes == 60 * KiB

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from pathlib import Path
 
@@ -100,8 +101,6 @@ def test_watched_directories(tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"x" * MiB)
         with (tmp_path / "file").open("rb+") as file:
             file.flush()
-            import os
-
             os.fsync(file.fileno())
         session.sample()
         (tmp_path / "file").unlink()
@@ -127,8 +126,6 @@ def test_used_once_and_in_order() -> None:
 
 
 def test_no_thread_and_no_file_stays_behind() -> None:
-    import os
-
     def fds() -> int:
         return len(os.listdir("/proc/self/fd"))
 
@@ -137,6 +134,22 @@ def test_no_thread_and_no_file_stays_behind() -> None:
         with Session() as session:
             session.sample()
     assert (threading.active_count(), fds()) == before
+
+
+def test_many_phases_stay_few() -> None:
+    with Session(interval_s=1.0) as session:
+        for index in range(1005):
+            with session.phase("a" if index % 2 else "b"):
+                pass
+        with session.phase("new"):
+            pass
+    phases = session.stop().phases
+    assert len(phases) == 1001
+    assert phases[-1].name == "new"
+    merged, plain = phases[998:1000], phases[:998]
+    assert {phase.name for phase in merged} == {"a", "b"}
+    assert min(phase.end_s for phase in merged) > max(phase.end_s for phase in plain)
+    assert all(phase.start_s < phase.end_s for phase in merged)
 
 
 series = st.lists(st.integers(0, 1000), min_size=1, max_size=500)

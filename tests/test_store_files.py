@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -69,7 +71,7 @@ def test_what_is_written_is_read(tmp_path: Path, region: Region) -> None:
             again.write_from(region.view[:half], 0)
 
 
-def test_direct_io_leaves_the_page_cache_alone(tmp_path: Path, region: Region) -> None:
+def test_direct_io_wants_alignment_and_says_what(tmp_path: Path, region: Region) -> None:
     with DirectFile.create(tmp_path / "f", MiB) as file:
         if not file.direct:
             pytest.skip(f"no direct I/O here: {file.reason}")
@@ -109,6 +111,36 @@ def test_the_fallback_where_the_flag_is_refused(
         file.sync()
         file.read_into(region.view[2001:3001], 3)
         assert region.view[1:1001] == region.view[2001:3001]
+
+
+def _cached_pages(path: Path) -> int:
+    """How many pages of a file the kernel keeps in memory (mincore)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        pages = ctypes.create_string_buffer(-(-len(mapping) // mmap.PAGESIZE))
+        first = ctypes.c_char.from_buffer(mapping)
+        address = ctypes.c_void_p(ctypes.addressof(first))
+        assert libc.mincore(address, ctypes.c_size_t(len(mapping)), pages) == 0
+        del first
+        return sum(byte & 1 for byte in pages.raw)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_stays_in_the_page_cache(
+    tmp_path: Path, region: Region, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    if is_tmpfs(tmp_path):
+        pytest.skip("the temporary directory is on tmpfs, which is the page cache")
+    if not direct:
+        monkeypatch.setattr(files, "_reported_alignment", lambda fd: 0)
+    with DirectFile.create(tmp_path / "f", MiB) as file:
+        if direct and not file.direct:
+            pytest.skip(f"no direct I/O here: {file.reason}")
+        file.write_from(region.view, 0)
+        file.sync()
+        assert _cached_pages(file.path) == 0
+        file.read_into(region.view[: 64 * KiB], 64 * KiB)
+        assert _cached_pages(file.path) == 0
 
 
 @pytest.mark.parametrize("aligned", [4096, 8192, 65536])

@@ -77,6 +77,7 @@ class FinetuneConfig:
         "A .txt or .jsonl file, a directory of them, or a data set: name, name:split, name:config:split.",
         "Data",
         None,
+        shown="none; needed unless --model demo",
         fixed=True,
     )
     seq_len: int = setting("Tokens per packed sequence; capped by the model's own limit.", "Data", 1024, fixed=True)
@@ -168,11 +169,6 @@ class FinetuneConfig:
     def of(cls, **settings: Any) -> FinetuneConfig:
         """The same as the constructor, typed for settings whose names are not known in advance."""
         return cls(**settings)
-
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any], where: str = "settings") -> FinetuneConfig:
-        """From names as in `to_dict`, with dashes or underscores, Hugging Face's names included."""
-        return cls(**canonical(settings, where))
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> FinetuneConfig:

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,30 +177,23 @@ def _is_made(directory: Path, corpus_bytes: int) -> bool:
         return False
 
 
-class _replacing:
+@contextmanager
+def _replacing(directory: Path, corpus_bytes: int) -> Iterator[Path]:
     """A directory made aside and put in place when complete; what stood there is removed only if it has our marker."""
-
-    def __init__(self, directory: Path, corpus_bytes: int) -> None:
-        self._directory = directory
-        self._making = directory
-        self._corpus_bytes = corpus_bytes
-
-    def __enter__(self) -> Path:
-        if self._directory.exists() and not (self._directory / MARKER).exists():
-            raise BadInput(f"{self._directory}: exists and was not made by memopt; name another directory")
-        self._directory.parent.mkdir(parents=True, exist_ok=True)
-        self._making = Path(tempfile.mkdtemp(dir=self._directory.parent, prefix=f".{self._directory.name}."))
-        self._making.chmod(0o755)
-        return self._making
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self._making, ignore_errors=True)
-            return
-        (self._making / MARKER).write_text(json.dumps(_recipe(self._corpus_bytes)))
-        if self._directory.exists():
-            shutil.rmtree(self._directory)
-        os.replace(self._making, self._directory)
+    if directory.exists() and not (directory / MARKER).exists():
+        raise BadInput(f"{directory}: exists and was not made by memopt; name another directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        making.chmod(0o755)
+        yield making
+        (making / MARKER).write_text(json.dumps(_recipe(corpus_bytes)))
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(making, directory)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
 
 
 def main() -> None:

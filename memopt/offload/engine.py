@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from memopt.errors import MemoptError
 from memopt.ledger import Ledger
 from memopt.offload.activations import Activations
-from memopt.offload.gradients import RowGradient, squared_norm
+from memopt.offload.gradients import RowGradient, held_units, squared_norm
 from memopt.offload.homes import Home, Homes, as_bytes, gradient_name, moments_name, weights_name
 from memopt.offload.layout import Layout, Unit, UnitKind
 from memopt.offload.model import Batch, Binder, LayeredModel
@@ -80,16 +82,24 @@ class Engine:
         model: LayeredModel,
         layout: Layout,
         plan: Plan,
-        store: BlockStore,
+        store: BlockStore | None,
         scratch: BlockStore | None,
         ledger: Ledger,
         rule: UpdateRule,
         settings: EngineSettings,
+        *,
+        initial: Callable[[list[str]], Mapping[str, torch.Tensor]] | None = None,
         progress: Progress | None = None,
+        about: Mapping[str, Any] | None = None,
     ):
+        """`store` is None when everything lives in DRAM and nothing is to be saved; `initial` then gives the weights.
+
+        `about` goes into the meta of every commit, beside the progress.
+        """
         self.model, self.layout, self.plan, self.store = model, layout, plan, store
         self.settings, self._rule = settings, rule
         self.progress = progress or Progress()
+        self._about = dict(about or {})
         self.binder = Binder(model.module)
         pin = settings.device.type == "cuda"
         held = {u.name for u in held_units(layout, clips=settings.clip_norm > 0)}
@@ -98,7 +108,11 @@ class Engine:
                 layout, plan.residence, store, scratch, ledger, rule, hold_gradients=frozenset(held), pin=pin
             )
             undo.callback(self.homes.close)
-            self.homes.load()
+            if store is not None:
+                self.homes.load()
+            else:
+                assert initial is not None
+                self.homes.fill(initial)
             needs_ring = any(not _all_in_dram(self.homes[u], held) for u in layout.units if u.trained)
             count = plan.ring_buffers if needs_ring else 1
             ring = BufferPool(ring_bytes(rule), count, ledger, Category.BUFFERS, "update ring", pin)
@@ -195,7 +209,7 @@ class Engine:
         """Make the present state durable and wait for it."""
         self.flush()
         self._commit.wait()
-        if not self._unsaved:
+        if not self._unsaved or self.store is None:
             return
         writes = []
         for unit in self.layout.units:
@@ -209,6 +223,20 @@ class Engine:
         self.updater.drain()
         self._commit.wait()
         self._unsaved = False
+
+    @property
+    def saved_step(self) -> int:
+        """The step the last durable save is of."""
+        return 0 if self.store is None else int(self.store.meta.get("step", 0))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds the computation stood still for weights, updates or a free gradient slot."""
+        return self.stream.waited_s + self.sinks.waited_s
+
+    def parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Current values of parameters, trained ones in float32. Call `flush` first."""
+        return self.homes.parameters(names)
 
     def begin_pending(self, *, riding: bool) -> dict[str, Update]:
         """Announce the update that waits for this forward: rest and tables first, then blocks in order, then the head.
@@ -253,12 +281,14 @@ class Engine:
 
     def _commit_now(self, progress: Progress) -> None:
         """Commit once everything submitted so far has been issued; does not wait."""
-        ticket = Transfer()
-        meta = {"step": progress.step, "updates": progress.updates}
+        if self.store is None:
+            return
+        store, ticket = self.store, Transfer()
+        meta = {**self._about, "step": progress.step, "updates": progress.updates}
 
         def commit() -> None:
             try:
-                self.store.commit(meta).then(lambda done: ticket.complete(done.error))
+                store.commit(meta).then(lambda done: ticket.complete(done.error))
             except BaseException as error:
                 ticket.complete(error)
                 raise
@@ -284,6 +314,7 @@ class SinkPool:
         self._engine = engine
         plan, layout = engine.plan, engine.layout
         self._pools: dict[UnitKind, BufferPool] = {}
+        self.waited_s = 0.0
         head_kind = layout.head[0].kind
         for kind, units, count in (
             (UnitKind.BLOCK, layout.blocks, plan.gradient_slots),
@@ -296,7 +327,9 @@ class SinkPool:
     def open(self, unit: Unit) -> GradientSink:
         """A zeroed sink for a unit's gradient; waits for a slot."""
         home = self._engine.homes[unit]
+        start = time.perf_counter()
         slot = None if home.gradient is not None else self._pools[unit.kind].acquire(who=unit.name)
+        self.waited_s += time.perf_counter() - start
         return GradientSink(home, slot, self._engine.settings.device)
 
     def spill(self, sink: GradientSink) -> list[float]:
@@ -325,13 +358,3 @@ class SinkPool:
 def _all_in_dram(home: Home, held: set[str]) -> bool:
     gradient = home.gradient is not None or home.unit.name not in held
     return home.weights is not None and home.moments is not None and gradient
-
-
-def held_units(layout: Layout, *, clips: bool) -> list[Unit]:
-    """Units whose dense gradient is kept beyond the backward of the unit: all with clipping, else the tied table.
-
-    An untied embedding's gradient is a few rows and always in DRAM.
-    """
-    if clips:
-        return [u for u in layout.units if u.trained and (layout.tied or u.kind != UnitKind.EMBED)]
-    return [u for u in (*(layout.embed if layout.tied else ()), layout.rest) if u.trained]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memopt.offload.layout import Unit
+from memopt.offload.layout import Layout, Unit, UnitKind
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,13 @@ def squared_norm(vector: torch.Tensor) -> float:
     (`vector_norm(dtype=float64)` would copy the whole vector.)
     """
     return sum(float(torch.linalg.vector_norm(part)) ** 2 for part in vector.split(1 << 16))
+
+
+def held_units(layout: Layout, *, clips: bool) -> list[Unit]:
+    """Units whose dense gradient is kept beyond the backward of the unit: all with clipping, else the tied table.
+
+    An untied embedding's gradient is a few rows and always in DRAM.
+    """
+    if clips:
+        return [u for u in layout.units if u.trained and (layout.tied or u.kind != UnitKind.EMBED)]
+    return [u for u in (*(layout.embed if layout.tied else ()), layout.rest) if u.trained]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -77,16 +77,17 @@ class Homes:
         self,
         layout: Layout,
         residence: Mapping[str, Residence],
-        store: BlockStore,
+        store: BlockStore | None,
         scratch: BlockStore | None,
         ledger: Ledger,
-        rule: UpdateRule,
+        rule: UpdateRule | None,
         *,
         hold_gradients: frozenset[str],
         pin: bool,
     ):
-        self.layout, self.store, self.rule = layout, store, rule
-        self._ledger, self._pin, self._scratch = ledger, pin, scratch
+        self.layout = layout
+        self._store, self._scratch = store, scratch
+        self._ledger, self._pin = ledger, pin
         self._regions: list[Region] = []
         self._leases: list[Lease] = []
         self._by_name: dict[str, Home] = {}
@@ -98,7 +99,7 @@ class Homes:
                     home.weights = self._allocate(Category.WEIGHTS, unit.master_bytes, weights_name(unit)).view(torch.float32)
                 if unit.frozen:
                     home.frozen = self._allocate(Category.WEIGHTS, unit.frozen_bytes, frozen_name(unit))
-            if where.moments == Tier.DRAM and unit.trained:
+            if where.moments == Tier.DRAM and unit.trained and rule is not None:
                 home.moments = self._allocate(Category.OPTIMIZER, rule.record_bytes(unit.numel), moments_name(unit))
             if where.gradient == Tier.DRAM and unit.trained and unit.name in hold_gradients:
                 home.gradient = self._allocate(Category.GRADIENTS, unit.master_bytes, gradient_name(unit)).view(torch.float32)
@@ -106,6 +107,12 @@ class Homes:
 
     def __getitem__(self, unit: Unit) -> Home:
         return self._by_name[unit.name]
+
+    @property
+    def store(self) -> BlockStore:
+        """The state: what lives on SSD, and what is saved."""
+        assert self._store is not None
+        return self._store
 
     @property
     def spill(self) -> BlockStore:
@@ -124,6 +131,34 @@ class Homes:
                 if tensor is not None:
                     self.store.read(name, as_bytes(tensor)).wait()
 
+    def fill(self, initial: Callable[[list[str]], Mapping[str, torch.Tensor]]) -> None:
+        """Everything lives in DRAM: take the weights from `initial`, moments are zero."""
+        for home in self._by_name.values():
+            fill_vectors(home.unit, home.weights, home.frozen, initial)
+
+    def parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Whole parameters: trained ones in float32, frozen ones as stored. Copies where they come from SSD or tiles."""
+        wanted = set(names)
+        parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for home in self._by_name.values():
+            for vector, name, nbytes, pieces in (
+                (home.weights, weights_name(home.unit), home.unit.master_bytes, home.unit.trained),
+                (home.frozen, frozen_name(home.unit), home.unit.frozen_bytes, home.unit.frozen),
+            ):
+                if not any(p.name in wanted for p in pieces):
+                    continue
+                if vector is None:
+                    home.settle()
+                    vector = Region(nbytes).tensor(torch.uint8, nbytes)
+                    self.store.read(name, as_bytes(vector)).wait()
+                for piece in pieces:
+                    if piece.name in wanted:
+                        parts.setdefault(piece.name, []).append((piece.row, piece.of(vector)))
+        return {
+            name: found[0][1] if len(found) == 1 else torch.cat([t for _, t in sorted(found, key=lambda x: x[0])])
+            for name, found in parts.items()
+        }
+
     def close(self) -> None:
         """Give the memory and the leases back."""
         for home in self._by_name.values():
@@ -139,6 +174,21 @@ class Homes:
         region = Region(nbytes, pin=self._pin)
         self._regions.append(region)
         return region.tensor(torch.uint8, nbytes)
+
+
+def fill_vectors(
+    unit: Unit,
+    master: torch.Tensor | None,  # (numel,) float32
+    frozen: torch.Tensor | None,  # (frozen_bytes,) uint8
+    initial: Callable[[list[str]], Mapping[str, torch.Tensor]],
+) -> None:
+    """Copy the initial values of a unit's parameters into its vectors."""
+    values = initial([p.name for p in (*unit.trained, *unit.frozen)])
+    for vector, pieces in ((master, unit.trained), (frozen, unit.frozen)):
+        for piece in pieces:
+            assert vector is not None
+            value = values[piece.name]
+            piece.of(vector).copy_(value[piece.row : piece.row + piece.shape[0]] if piece.shape else value)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

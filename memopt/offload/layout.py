@@ -49,6 +49,11 @@ class Piece:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def of(self, vector: torch.Tensor) -> torch.Tensor:
+        """This piece of a unit's vector (any dtype), as a view in its own shape and dtype."""
+        raw = vector.view(torch.uint8)[self.offset_bytes : self.offset_bytes + self.nbytes]
+        return raw.view(self.dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -97,14 +102,10 @@ class Unit:
     def views(self, master: torch.Tensor | None, frozen: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Parameter name -> view of its piece in the unit's two vectors (float32 (numel,) and uint8 (frozen_bytes,))."""
         out: dict[str, torch.Tensor] = {}
-        for piece in self.trained:
-            assert master is not None
-            start = piece.offset_bytes // MASTER_ITEMSIZE
-            out[piece.name] = master[start : start + piece.numel].view(piece.shape)
-        for piece in self.frozen:
-            assert frozen is not None
-            raw = frozen[piece.offset_bytes : piece.offset_bytes + piece.nbytes]
-            out[piece.name] = raw.view(piece.dtype).view(piece.shape)
+        for vector, pieces in ((master, self.trained), (frozen, self.frozen)):
+            for piece in pieces:
+                assert vector is not None
+                out[piece.name] = piece.of(vector)
         return out
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from memopt.budget import Budget
+from memopt.ledger import Ledger
 from memopt.offload.activations import activation_name, layer_bytes
-from memopt.offload.homes import frozen_name, gradient_name, moments_name, weights_name
-from memopt.offload.layout import CHUNK, Layout, Piece, Unit
+from memopt.offload.homes import Homes, fill_vectors, frozen_name, gradient_name, moments_name, weights_name
+from memopt.offload.layout import CHUNK, Layout, Unit
 from memopt.optim_types import UpdateRule
-from memopt.plan_types import Plan
+from memopt.plan_types import Plan, Residence
 from memopt.store.block_store import BlockStore
 from memopt.store.extents import KindPolicy, TensorSpec
 from memopt.store.regions import Region
@@ -91,52 +93,22 @@ def fill_state(
     """
     zeros = Region(rule.record_bytes(CHUNK))
     for unit in layout.units:
-        tensors = read([p.name for p in (*unit.trained, *unit.frozen)])
-        for name, nbytes, pieces in (
-            (weights_name(unit), unit.master_bytes, unit.trained),
-            (frozen_name(unit), unit.frozen_bytes, unit.frozen),
-        ):
-            if pieces:
-                _write_pieces(store, name, nbytes, pieces, tensors)
+        with Region(max(unit.master_bytes, 1)) as trained, Region(max(unit.frozen_bytes, 1)) as frozen:
+            master, raw = trained.tensor(torch.float32, unit.numel), frozen.tensor(torch.uint8, unit.frozen_bytes)
+            fill_vectors(unit, master, raw, read)
+            if unit.trained:
+                store.write(weights_name(unit), trained.view).wait()
+            if unit.frozen:
+                store.write(frozen_name(unit), frozen.view).wait()
+            del master, raw
         for a, b in unit.chunks():
             store.write(moments_name(unit), zeros.view[: rule.record_bytes(b - a)], rule.record_bytes(a)).wait()
         progress(unit.master_bytes + unit.frozen_bytes)
     store.commit(dict(meta)).wait()
 
 
-def _write_pieces(
-    store: BlockStore, name: str, nbytes: int, pieces: Iterable[Piece], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    with Region(nbytes) as region:
-        raw = region.tensor(torch.uint8, nbytes)
-        for piece in pieces:
-            source = tensors[piece.name]
-            _part(raw, piece).copy_(source[piece.row : piece.row + piece.shape[0]] if piece.shape else source)
-        store.write(name, region.view).wait()
-
-
-def _part(raw: torch.Tensor, piece: Piece) -> torch.Tensor:
-    return raw[piece.offset_bytes : piece.offset_bytes + piece.nbytes].view(piece.dtype).view(piece.shape)
-
-
 def read_parameters(store: BlockStore, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Whole parameters out of the store, float32 masters or frozen ones in their own dtype (copies)."""
-    wanted = set(names)
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for unit in layout.units:
-        for name, nbytes, pieces in (
-            (weights_name(unit), unit.master_bytes, unit.trained),
-            (frozen_name(unit), unit.frozen_bytes, unit.frozen),
-        ):
-            if not any(p.name in wanted for p in pieces):
-                continue
-            region = Region(nbytes)
-            store.read(name, region.view).wait()
-            raw = region.tensor(torch.uint8, nbytes)
-            for p in pieces:
-                if p.name in wanted:
-                    parts.setdefault(p.name, []).append((p.row, _part(raw, p)))
-    return {
-        name: found[0][1] if len(found) == 1 else torch.cat([t for _, t in sorted(found, key=lambda x: x[0])])
-        for name, found in parts.items()
-    }
+    """Whole parameters out of a store that no engine uses: see `Homes.parameters`."""
+    nowhere = {u.name: Residence() for u in layout.units}
+    homes = Homes(layout, nowhere, store, None, Ledger(Budget()), None, hold_gradients=frozenset(), pin=False)
+    return homes.parameters(names)

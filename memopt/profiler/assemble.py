@@ -9,11 +9,10 @@ from typing import Any
 from memopt import __version__
 from memopt.ledger import Ledger
 from memopt.machine import Machine
+from memopt.plan_types import Prediction
 from memopt.profiler.session import Measured
 from memopt.report_types import IoUse, Report, SsdUse, Tiers, TierUse, Verdict
 from memopt.tiers import Category, Tier
-
-Prediction = Mapping[Tier, Mapping[Category, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +27,10 @@ class IoTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """What the job itself has to say; all of it goes into the report as it is.
-
-    `predicted`: bytes at the predicted peak of each tier, by category.
-    """
+    """What the job itself has to say; all of it goes into the report as it is. `predicted` is the plan's."""
 
     command: Sequence[str] = ()
-    predicted: Prediction = field(default_factory=dict)
+    predicted: Mapping[Tier, Prediction] = field(default_factory=dict)
     predicted_write_bytes: int | None = None
     results: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -71,32 +67,32 @@ def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story,
     )
 
 
-def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Prediction) -> dict[str, Any]:
+def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> dict[str, Any]:
     budget = ledger.budget.bytes_of(tier)
     at_peak = {str(category): nbytes for category, nbytes in ledger.at_peak(tier).items()}
     charged = ledger.peak_bytes(tier)
     if peak is not None:
         # signed: below zero, more was charged than the process ever touched
         at_peak[Category.OTHER] += peak - charged
-    forecast = {str(category): nbytes for category, nbytes in predicted.get(tier, {}).items()}
+    forecast = predicted.get(tier)
     return {
         "budget_bytes": budget,
         "peak_bytes": peak,
         "charged_peak_bytes": charged,
-        "predicted_bytes": sum(forecast.values()) if forecast else None,
+        "predicted_bytes": None if forecast is None else forecast.total_bytes,
         "within": None if budget is None or peak is None else peak <= budget,
         "at_peak": at_peak,
-        "predicted_at_peak": forecast,
+        "predicted_at_peak": {} if forecast is None else {str(what): n for what, n in forecast.by_category.items()},
     }
 
 
-def _used(tier: Tier, peak: int | None, ledger: Ledger, predicted: Prediction) -> bool:
+def _used(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> bool:
     return (
         peak is not None or ledger.peak_bytes(tier) > 0 or ledger.budget.bytes_of(tier) is not None or tier in predicted
     )
 
 
-def _gpu(measured: Measured, ledger: Ledger, predicted: Prediction) -> TierUse | None:
+def _gpu(measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> TierUse | None:
     peak = measured.gpu_peak_bytes
     if not _used(Tier.GPU, peak, ledger, predicted):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from memopt.report_types import Phase, Timeline
 
 _GPU_EVERY_S = 0.1
 _SSD_EVERY_S = 1.0
+_PHASES_KEPT = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,11 @@ class _OpenPhase:
     start_s: float
     dram: int = 0
     gpu: int | None = None
+
+    def closed(self, end_s: float) -> Phase:
+        return Phase(
+            name=self.name, start_s=self.start_s, end_s=end_s, dram_peak_bytes=self.dram, gpu_peak_bytes=self.gpu
+        )
 
 
 class Session:
@@ -146,7 +153,10 @@ class Session:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what happens inside; phases may nest and repeat. Samples at both ends."""
+        """Name what happens inside; phases may nest and repeat. Samples at both ends.
+
+        After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
+        """
         begun = self._running()
         opened = _OpenPhase(name, time.monotonic() - begun.at_s)
         with self._lock:
@@ -158,15 +168,8 @@ class Session:
             self._tick()
             with self._lock:
                 self._open.remove(opened)
-                self._phases.append(
-                    Phase(
-                        name=name,
-                        start_s=opened.start_s,
-                        end_s=time.monotonic() - begun.at_s,
-                        dram_peak_bytes=opened.dram,
-                        gpu_peak_bytes=opened.gpu,
-                    )
-                )
+                end_s = time.monotonic() - begun.at_s
+                _keep(self._phases, opened.closed(end_s))
 
     def __enter__(self) -> Session:
         return self.start()
@@ -292,6 +295,21 @@ class _Ticker:
                 self._tick()
         except BaseException as error:  # carried to the caller of stop()
             self._error = error
+
+
+def _keep(phases: list[Phase], phase: Phase) -> None:
+    if len(phases) >= _PHASES_KEPT:
+        for index in range(len(phases) - 1, -1, -1):
+            last = phases[index]
+            if last.name == phase.name:
+                phases[index] = dataclasses.replace(
+                    last,
+                    end_s=phase.end_s,
+                    dram_peak_bytes=_highest(last.dram_peak_bytes, phase.dram_peak_bytes),
+                    gpu_peak_bytes=_highest(last.gpu_peak_bytes, phase.gpu_peak_bytes),
+                )
+                return
+    phases.append(phase)
 
 
 def _highest(first: int | None, second: int | None) -> int | None:

@@ -58,7 +58,7 @@ def measure_ssd(
     Takes two buffers of `piece_bytes` per worker. The file has no name from the moment it exists, so nothing is left
     behind, however this ends. Raises BadInput for a bad size or directory, StoreError when the file cannot be made.
     """
-    pieces = nbytes // piece_bytes
+    pieces = nbytes // max(piece_bytes, _SMALL_BYTES)
     if piece_bytes < _SMALL_BYTES or piece_bytes % _SMALL_BYTES or pieces < 2:
         raise BadInput(f"measuring {nbytes} bytes by {piece_bytes}: pieces must be multiples of 4096, at least two")
     if not Path(directory).is_dir():

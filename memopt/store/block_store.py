@@ -31,18 +31,15 @@ class BlockStore:
 
     def __init__(self, parts: on_disk.OpenParts, pool: IoPool) -> None:
         """Use `create` or `open`."""
-        index, manifest = parts.index, parts.manifest
         self.directory = parts.directory
-        self.id = index.id
         self.writable = parts.writable
-        self.chunk_bytes = index.chunk_bytes
-        self.kinds = index.kinds
+        self._index = parts.index
         self._extents = parts.extents
         self._files = parts.files
         self._lock_file = parts.lock
         self._pool = pool
-        self._meta = manifest.meta
-        self._commits = manifest.commit
+        self._meta = parts.manifest.meta
+        self._commits = parts.manifest.commit
         self._lock = threading.Lock()
         self._dirty: set[Extent] = set()
         self._writes: set[Transfer] = set()  # under way, of kinds with versions: what a commit waits for
@@ -86,6 +83,21 @@ class BlockStore:
         Raises StoreMissing or StoreForeign where there is no marker, StoreLocked while the store is in use.
         """
         on_disk.destroy(Path(directory))
+
+    @property
+    def id(self) -> str:
+        """What tells this store from every other one."""
+        return self._index.id
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Where writes may start and stop, and what one checksum covers."""
+        return self._index.chunk_bytes
+
+    @property
+    def kinds(self) -> dict[str, KindPolicy]:
+        """How each kind is kept."""
+        return self._index.kinds
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -165,7 +177,7 @@ class BlockStore:
             raise StoreReadOnly(f"{self.directory} was opened read-only; open it with writable=True to commit")
         self._require_sound()
         if meta is not None:
-            records.encode_manifest(self.id, 0, meta, "", b"")  # a bad meta shows here, not in the background
+            records.encode_manifest(self._index.id, 0, meta, "", b"")  # a bad meta shows here, not in the background
             meta = dict(meta)
         with self._lock:
             self._require_open()
@@ -304,7 +316,7 @@ class BlockStore:
                 f"{' and others' if len(trouble) > 5 else ''}; write the rest, then commit again"
             ) from cause
         slots, sums = records.pack(tuple(self._extents.values()), dirty)
-        text = records.encode_manifest(self.id, self._commits + 1, meta, slots, sums)
+        text = records.encode_manifest(self._index.id, self._commits + 1, meta, slots, sums)
         try:
             for kind in {extent.spec.kind for extent in dirty}:
                 self._files[kind].sync()

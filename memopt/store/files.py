@@ -40,6 +40,8 @@ class DirectFile:
         self.nbytes = os.fstat(fd).st_size
         self.align_bytes, self.reason = _direct_support(path, fd)
         self.direct = not self.reason
+        if not self.direct:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # pages read ahead would stay in the cache
         self._fd = fd
         self._padded = padded
         self._local = threading.local()

@@ -1,0 +1,1 @@
+"""What will a job need? Pure functions over sizes; nothing is allocated here."""
