@@ -93,7 +93,9 @@ class HFLayeredModel:
         if not isinstance(embedding, nn.Embedding):
             raise BadInput(f"{self._name}: its input embedding is a {type(embedding).__name__}, not an nn.Embedding")
         if not isinstance(head, nn.Linear):
-            raise BadInput(f"{self._name}: its output head is a {type(head).__name__}, not an nn.Linear: not a causal LM?")
+            raise BadInput(
+                f"{self._name}: its output head is a {type(head).__name__}, not an nn.Linear: not a causal LM?"
+            )
         return embedding, head
 
     def _check_sharing(self) -> None:
@@ -139,7 +141,9 @@ class _ProbeRun:
         if self.entry is None:
             self.entry = hidden
         elif hidden is not self.expected:
-            raise BadInput(f"{name}: the hidden state is changed between blocks {index - 1} and {index}; it cannot be streamed")
+            raise BadInput(
+                f"{name}: the hidden state is changed between blocks {index - 1} and {index}; it cannot be streamed"
+            )
         if any(t.requires_grad for t in call.tensors()):
             raise BadInput(
                 f"{name}: block {index} is handed a differentiable tensor besides the hidden state; it cannot be streamed"
@@ -159,7 +163,9 @@ class _Probe(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_stands_for"], name)  # models read flags such as `attention_type` off their blocks
+            return getattr(
+                self.__dict__["_stands_for"], name
+            )  # models read flags such as `attention_type` off their blocks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:

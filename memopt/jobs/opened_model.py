@@ -69,7 +69,9 @@ def open_model(config: FinetuneConfig, source: str, compute_dtype: torch.dtype, 
     if reader is not None:
         unexpected = reader.check()
         if unexpected:
-            notes.append(f"{len(unexpected)} tensors of the checkpoint belong to no parameter and are ignored: {unexpected[0]}...")
+            notes.append(
+                f"{len(unexpected)} tensors of the checkpoint belong to no parameter and are ignored: {unexpected[0]}..."
+            )
         reader.load_buffers()
         dtypes = {name: reader.dtype(name) for name, _ in module.named_parameters()}
     generation = load_generation_config(source)

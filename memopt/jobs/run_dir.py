@@ -1,10 +1,10 @@
 """The directory a run is offloaded to: what memopt put there, and nothing else.
 
-    memopt-run.json   what made it: the marker, and the effective configuration
-    state/            the block store: the checkpoint
-    scratch/          what one run spills
-    *.tokens          packed data
-    demo-model/, demo-corpus/   of `--model demo`
+memopt-run.json   what made it: the marker, and the effective configuration
+state/            the block store: the checkpoint
+scratch/          what one run spills
+*.tokens          packed data
+demo-model/, demo-corpus/   of `--model demo`
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class RunDirectory:
         try:
             about = json.loads((self.path / MARKER).read_text())
         except FileNotFoundError:
-            raise StoreMissing(f"{self.path} holds no memopt run (no {MARKER}); name the --offload-dir of one") from None
+            raise StoreMissing(
+                f"{self.path} holds no memopt run (no {MARKER}); name the --offload-dir of one"
+            ) from None
         except (OSError, ValueError) as error:
             raise BadInput(f"{self.path / MARKER} cannot be read ({error}); name another --offload-dir") from None
         if about.get("format") != FORMAT:

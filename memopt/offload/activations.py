@@ -80,7 +80,7 @@ class Activations:
 
     def fetch(self, layer: int) -> None:
         """Start bringing `layer` back for the backward."""
-        if 0 <= layer and layer not in self._held:
+        if layer >= 0 and layer not in self._held:
             self._held[layer] = self._pool.acquire(who=activation_name(layer))
             self._moving[layer] = self._spill().read(activation_name(layer), self._bytes(layer))
 

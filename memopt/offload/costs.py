@@ -60,7 +60,9 @@ def memory(job: JobSizes, layout: Layout, choice: Choice) -> dict[Tier, dict[Cat
     held = {u.name for u in held_units(layout, clips=job.clips)}
     weights = _resident_weights(layout, choice)
     optimizer = sum(
-        job.rule.record_bytes(u.numel) for u in layout.units if u.trained and choice.residence[u.name].moments == Tier.DRAM
+        job.rule.record_bytes(u.numel)
+        for u in layout.units
+        if u.trained and choice.residence[u.name].moments == Tier.DRAM
     )
     gradients = sum(u.master_bytes for u in layout.units if _gradient_in_dram(u, choice, held))
     for units, slots, grad_slots in (
@@ -68,7 +70,9 @@ def memory(job: JobSizes, layout: Layout, choice: Choice) -> dict[Tier, dict[Cat
         (layout.head, choice.head_slots, choice.head_gradient_slots),
     ):
         weights += slots * max((_streamed(u, choice) for u in units), default=0)
-        gradients += grad_slots * max((u.master_bytes for u in units if not _gradient_in_dram(u, choice, held)), default=0)
+        gradients += grad_slots * max(
+            (u.master_bytes for u in units if not _gradient_in_dram(u, choice, held)), default=0
+        )
     rows = min(job.tokens, job.vocabulary) * _embedding_width(layout)
     weights += rows * job.compute_dtype.itemsize
     gradients += 2 * rows * 4 if layout.embed[0].trained else 0
@@ -149,9 +153,7 @@ def scratch_bytes(job: JobSizes, layout: Layout, choice: Choice) -> int:
 
 
 def _resident_weights(layout: Layout, choice: Choice) -> int:
-    return sum(
-        u.master_bytes + u.frozen_bytes for u in layout.units if choice.residence[u.name].weights == Tier.DRAM
-    )
+    return sum(u.master_bytes + u.frozen_bytes for u in layout.units if choice.residence[u.name].weights == Tier.DRAM)
 
 
 def _streamed(unit: Unit, choice: Choice) -> int:
@@ -173,9 +175,10 @@ def _working(job: JobSizes, layout: Layout, choice: Choice) -> tuple[int, int]:
     activations = max(job.backward_bytes, job.forward_bytes, logits)
     copies = 0
     if job.on_gpu or job.compute_dtype != torch.float32 or any(u.frozen for u in layout.units):
-        copies = max(
-            sum(p.numel for p in (*u.trained, *u.frozen)) for u in (*layout.blocks, *layout.head)
-        ) * job.compute_dtype.itemsize
+        copies = (
+            max(sum(p.numel for p in (*u.trained, *u.frozen)) for u in (*layout.blocks, *layout.head))
+            * job.compute_dtype.itemsize
+        )
     return activations, copies
 
 

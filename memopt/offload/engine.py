@@ -175,7 +175,8 @@ class Engine:
         seen = self.progress.step + 1
         if not finite and not self.settings.skip_nonfinite:
             raise NonFinite(
-                f"step {seen}: the loss is {loss}" + (f" and the gradient norm {norm}" if norm is not None else "")
+                f"step {seen}: the loss is {loss}"
+                + (f" and the gradient norm {norm}" if norm is not None else "")
                 + "; stopped, the last saved state is intact (--skip-nonfinite goes on without such steps; "
                 "a lower --lr or more --warmup-steps often helps)"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memopt.ledger import Ledger, Lease
+from memopt.ledger import Lease, Ledger
 from memopt.offload.layout import Layout, Unit
 from memopt.optim_types import UpdateRule
 from memopt.plan_types import Residence
@@ -96,13 +96,17 @@ class Homes:
             where = residence[unit.name]
             if where.weights == Tier.DRAM:
                 if unit.trained:
-                    home.weights = self._allocate(Category.WEIGHTS, unit.master_bytes, weights_name(unit)).view(torch.float32)
+                    home.weights = self._allocate(Category.WEIGHTS, unit.master_bytes, weights_name(unit)).view(
+                        torch.float32
+                    )
                 if unit.frozen:
                     home.frozen = self._allocate(Category.WEIGHTS, unit.frozen_bytes, frozen_name(unit))
             if where.moments == Tier.DRAM and unit.trained and rule is not None:
                 home.moments = self._allocate(Category.OPTIMIZER, rule.record_bytes(unit.numel), moments_name(unit))
             if where.gradient == Tier.DRAM and unit.trained and unit.name in hold_gradients:
-                home.gradient = self._allocate(Category.GRADIENTS, unit.master_bytes, gradient_name(unit)).view(torch.float32)
+                home.gradient = self._allocate(Category.GRADIENTS, unit.master_bytes, gradient_name(unit)).view(
+                    torch.float32
+                )
             self._by_name[unit.name] = home
 
     def __getitem__(self, unit: Unit) -> Home:

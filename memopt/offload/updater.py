@@ -21,7 +21,7 @@ from memopt.store.transfer import SerialThread, Transfer
 from memopt.units import MiB
 
 _CHUNK_BYTES = 4 * CHUNK
-assert _CHUNK_BYTES == 4 * MiB
+assert 4 * MiB == _CHUNK_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,11 @@ class Updater:
         home, unit = update.home, update.home.unit
         ahead = self._next_ahead(update, a) if update.through_ring else None
         n = b - a
-        record = _slice_record(home.moments, self._rule, a, b) if home.moments is not None else _need(ahead).record(self._rule, n)
+        record = (
+            _slice_record(home.moments, self._rule, a, b)
+            if home.moments is not None
+            else _need(ahead).record(self._rule, n)
+        )
         weights = _need(ahead).weights(n) if update.weights_in_ring else _slice(update.weights, a, b)
         grads = self._gradient(update, ahead, a, b)
         if update.terms.scale != 1.0:

@@ -246,7 +246,9 @@ def _reasons(
     on_ssd: bool,
     predicted: Mapping[Tier, Prediction],
 ) -> Iterator[str]:
-    state = sum((u.master_bytes + job.sizes.rule.record_bytes(u.numel) + u.master_bytes) for u in layout.units if u.trained)
+    state = sum(
+        (u.master_bytes + job.sizes.rule.record_bytes(u.numel) + u.master_bytes) for u in layout.units if u.trained
+    )
     dram = predicted[Tier.DRAM].total_bytes
     yield f"training state (weights, gradients, optimizer) is {format_bytes(state)}; the plan needs {format_bytes(dram)} of DRAM"
     if not on_ssd:

@@ -1,0 +1,58 @@
+"""Write the model of a run out of its store, without training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from memopt.errors import BadInput
+from memopt.jobs.config import FinetuneConfig
+from memopt.jobs.opened_model import open_model
+from memopt.jobs.output_dir import check_output, replace_output
+from memopt.jobs.progress import Progress
+from memopt.jobs.run_dir import RunDirectory
+from memopt.offload.storage import read_parameters
+from memopt.store.block_store import BlockStore
+from memopt.store.transfer import IoPool
+
+
+def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quiet: bool = False) -> int:
+    """Write the state of the last save in `offload_dir` to `output`; the step it is of.
+
+    Raises StoreMissing, StoreLocked (a run is using it), BadInput when nothing was saved yet.
+    """
+    from memopt.jobs.tokenizing import load_tokenizer
+
+    check_output(output, overwrite=overwrite)
+    directory = RunDirectory(offload_dir)
+    about = directory.about()
+    saved = directory.saved()
+    if saved is None:
+        raise BadInput(f"{offload_dir}: nothing was saved yet; start it again with `memopt finetune ... --resume`")
+    config = FinetuneConfig.of(**{k: v for k, v in about["config"].items() if v is not None})
+    source = config.model
+    if source == "demo":
+        source = os.fspath(offload_dir / "demo-model")
+        config = config.with_changes(init="random")
+    try:
+        tokenizer = load_tokenizer(source)
+    except BadInput:
+        tokenizer = None
+    dtype = getattr(torch, saved["compute"][1].removeprefix("torch."))
+    model = open_model(config, source, dtype, tokenizer=tokenizer)
+    layout = model.layout(int(saved["plan"]["tile_rows"]))
+    total = sum(u.master_bytes + u.frozen_bytes for u in layout.units)
+    with IoPool() as pool, BlockStore.open(directory.state, pool, writable=False) as store:
+        with Progress(quiet=quiet) as progress, progress.work("writing the model", total) as work:
+            before = 0
+
+            def advance(done: int, _: int) -> None:
+                nonlocal before
+                work.advance(done - before)
+                before = done
+
+            with replace_output(output) as place:
+                model.write(place, lambda name: read_parameters(store, layout, [name])[name], advance)
+        return int(store.meta["step"])

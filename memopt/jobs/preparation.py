@@ -1,0 +1,288 @@
+"""From a configuration to a plan: model, data, costs, budget. Nothing of the job's own memory is allocated yet."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memopt.budget import Budget
+from memopt.errors import BadInput
+from memopt.jobs.config import FinetuneConfig
+from memopt.jobs.data import BatchOrder, TokenDataset, prepare
+from memopt.jobs.data_sources import source_bytes
+from memopt.jobs.model_costs import ModelCosts, model_costs
+from memopt.jobs.opened_model import OpenedModel, open_model
+from memopt.jobs.progress import Progress
+from memopt.jobs.run_dir import RunDirectory
+from memopt.jobs.steps import GivenSteps, PackedSteps, Steps
+from memopt.machine import Machine
+from memopt.offload.costs import JobSizes
+from memopt.offload.layout import Layout
+from memopt.offload.model import Batch
+from memopt.optim.adamw import AdamW
+from memopt.plan_types import Infeasible, Plan
+from memopt.planning.finetune import FinetuneJob, plan_finetune
+from memopt.profiler.samplers import process_memory
+from memopt.units import MiB
+
+RUNTIME_GROWTH_BYTES = 48 * MiB
+"""What the process takes beyond what is planned: thread stacks, matrix-product workspaces, the allocator's free lists.
+Measured on 20M to 400M parameter models: 20 to 45 MiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Where and in what the blocks are computed, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that is known before memory is taken."""
+
+    config: FinetuneConfig
+    model: OpenedModel
+    steps: Steps
+    eval_steps: PackedSteps | None
+    tokenizer: Any
+    compute: Compute
+    rule: AdamW
+    costs: ModelCosts
+    machine: Machine
+    budget: Budget
+    notes: tuple[str, ...]
+
+    def settle_plan(self, offload: bool, kept: dict[str, Any] | None) -> tuple[Prepared, Plan]:
+        """Plan; with `--batch-size auto` the micro-batch is the largest divisor of the step that fits."""
+        if self.config.batch_size != "auto":
+            return self, plan_finetune(self._job(offload, kept), self.budget, self.machine)
+        assert isinstance(self.steps, PackedSteps)
+        sequences = self.config.grad_accum
+        sizes = [b for b in range(sequences, 0, -1) if sequences % b == 0]
+        if kept is not None:
+            sizes = [int(kept["batch_size"])]
+        for size in sizes:
+            order = replace(self.steps.order, batch_size=size, grad_accum=sequences // size)
+            steps = PackedSteps(self.steps.dataset, order, self.steps.packed_positions)
+            costs = model_costs(self.model.layered, self.model.layout(10**9), steps.largest(), self.compute.dtype)
+            tried = replace(self, steps=steps, costs=costs)
+            try:
+                return tried, plan_finetune(tried._job(offload, kept), self.budget, self.machine)
+            except Infeasible:
+                if size == sizes[-1]:
+                    raise
+        raise AssertionError("unreachable")
+
+    def micro_size(self) -> int:
+        """Sequences per micro-batch."""
+        return int(self.steps.largest()["input_ids"].shape[0])
+
+    def identity(self, layout: Layout) -> dict[str, Any]:
+        """What a resumed run must share with the one that was interrupted."""
+        pieces = [(p.name, p.shape, str(p.dtype), p.decay) for u in layout.units for p in (*u.trained, *u.frozen)]
+        return {
+            "fingerprint": self.config.fingerprint(),
+            "data": self.steps.identity(),
+            "steps": self.steps.total,
+            "layout": hashlib.blake2b(json.dumps(pieces).encode(), digest_size=12).hexdigest(),
+            "compute": [self.compute.device.type, str(self.compute.dtype)],
+        }
+
+    def _job(self, offload: bool, kept: dict[str, Any] | None) -> FinetuneJob:
+        gc.collect()
+        trim_heap()
+        memory = process_memory()
+        rows, width = self.model.table_shape
+        micro_batches = max(1, self.steps.max_tokens // self.steps.largest()["input_ids"].numel())
+        sizes = JobSizes(
+            rule=self.rule,
+            clips=self.config.max_grad_norm > 0,
+            tokens=self.steps.max_tokens,
+            width=self.costs.width,
+            vocabulary=rows,
+            compute_dtype=self.compute.dtype,
+            on_gpu=self.compute.device.type == "cuda",
+            forward_bytes=self.costs.forward_bytes,
+            backward_bytes=self.costs.backward_bytes,
+            calls_bytes=self.costs.calls_bytes * micro_batches,
+            runtime_bytes=(memory.charged_bytes if memory else 0) + RUNTIME_GROWTH_BYTES,
+        )
+        layouts: dict[int, Layout] = {}
+
+        def layout_of(tile_rows: int) -> Layout:
+            if tile_rows not in layouts:
+                layouts[tile_rows] = self.model.layout(tile_rows)
+            return layouts[tile_rows]
+
+        threads = torch.get_num_threads()
+        return FinetuneJob(
+            sizes=sizes,
+            layout_of=layout_of,
+            rows=rows,
+            row_bytes=4 * width,
+            steps=self.steps.total,
+            offload=offload,
+            save_every=self.config.save_every,
+            compute_threads=threads,
+            update_threads=threads if sizes.on_gpu else 1,
+            kept=kept,
+        )
+
+
+def prepare_job(
+    config: FinetuneConfig,
+    directory: RunDirectory | None,
+    batches: Iterable[Sequence[Batch]] | None,
+    progress: Progress,
+    work: Path,
+) -> Prepared:
+    """Open model and data, choose the device, measure one micro-batch. `work`: where packed data may be written."""
+    compute = choose_compute(config)
+    source, data, config = _sources(config, work)
+    tokenizer = _tokenizer(source, required=batches is None)
+    model = open_model(config, source, compute.dtype, tokenizer=tokenizer)
+    notes = [*model.notes, compute.reason]
+    limit = getattr(model.hf_config, "max_position_embeddings", None) or config.seq_len
+    seq_len = min(config.seq_len, int(limit))
+    if seq_len < config.seq_len:
+        notes.append(f"seq_len: {config.seq_len} is more than the model's {limit} positions; using {seq_len}")
+    takes_positions = "position_ids" in inspect.signature(model.layered.module.forward).parameters
+    rows = model.layered.embedding.weight.shape[0]
+    if batches is not None:
+        steps: Steps = GivenSteps(batches, config.max_steps)
+    else:
+        assert data is not None and tokenizer is not None
+        dataset = _dataset(data, tokenizer, seq_len, rows, work / "train.tokens", progress)
+        order = BatchOrder(
+            n_sequences=len(dataset),
+            batch_size=1 if config.batch_size == "auto" else config.batch_size,
+            grad_accum=config.grad_accum,
+            seed=config.seed,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+        )
+        steps = PackedSteps(dataset, order, takes_positions)
+    eval_steps = None
+    if config.eval_data is not None:
+        assert tokenizer is not None
+        held_out = _dataset(config.eval_data, tokenizer, seq_len, rows, work / "eval.tokens", progress)
+        size = steps.order.batch_size * steps.order.grad_accum if isinstance(steps, PackedSteps) else 1
+        order = BatchOrder(n_sequences=len(held_out), batch_size=1, grad_accum=size, seed=None, epochs=1)
+        eval_steps = PackedSteps(held_out, order, takes_positions)
+    costs = model_costs(model.layered, model.layout(10**9), steps.largest(), compute.dtype)
+    if batches is None:
+        notes.append(
+            "packed documents do not attend to each other"
+            if costs.packs
+            else f"{type(model.layered.module).__name__} cannot keep packed documents apart: attention crosses them"
+        )
+    if costs.estimated:
+        notes.append("one kind of block cannot be followed without values: its activations are estimated, generously")
+    machine = (
+        Machine.load(config.machine) if config.machine else Machine.capacities(directory.path if directory else None)
+    )
+    if config.ssd_endurance_bytes is not None:
+        machine = replace(machine, ssd_endurance_bytes=config.ssd_endurance_bytes)
+    rule = AdamW(
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        state_dtype=getattr(torch, config.optim_state_dtype),
+        seed=config.seed,
+    )
+    notes.append(f"optimizer state in {config.optim_state_dtype}, master weights in float32")
+    return Prepared(
+        config=config,
+        model=model,
+        steps=steps,
+        eval_steps=eval_steps,
+        tokenizer=tokenizer,
+        compute=compute,
+        rule=rule,
+        costs=costs,
+        machine=machine,
+        budget=_budget(config, machine, compute),
+        notes=tuple(notes),
+    )
+
+
+def choose_compute(config: FinetuneConfig) -> Compute:
+    """Device and dtype: what the hardware does well."""
+    cuda = torch.cuda.is_available()
+    if config.device.startswith("cuda") and not cuda:
+        raise BadInput(f"device = {config.device!r}: this PyTorch sees no CUDA device; use --device cpu")
+    name = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
+    device = torch.device(name)
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+        return Compute(device=device, dtype=dtype, reason=f"computing on {device} in {config.dtype}, as asked")
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return Compute(
+            device=device, dtype=dtype, reason=f"computing on {device} in {str(dtype)[6:]}: what its matrix units do"
+        )
+    return Compute(
+        device=device,
+        dtype=torch.float32,
+        reason="computing on cpu in float32: bfloat16 matrix products are slower on most CPUs (up to 25 times)",
+    )
+
+
+def trim_heap() -> None:
+    """Hand freed heap memory back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _budget(config: FinetuneConfig, machine: Machine, compute: Compute) -> Budget:
+    asked = Budget.of(gpu=config.gpu, dram=config.dram, ssd=config.ssd, machine=machine)
+    if config.gpu is not None and compute.device.type != "cuda":
+        raise BadInput(f"gpu = {config.gpu!r}: the run computes on {compute.device}; leave --gpu out")
+    whole = Budget.from_machine(machine)
+    return Budget(
+        gpu_bytes=asked.gpu_bytes or (whole.gpu_bytes if compute.device.type == "cuda" else None),
+        dram_bytes=asked.dram_bytes or whole.dram_bytes,
+        ssd_bytes=asked.ssd_bytes,
+    )
+
+
+def _sources(config: FinetuneConfig, work: Path) -> tuple[str, str | None, FinetuneConfig]:
+    if config.model != "demo":
+        return config.model, config.data, config
+    from memopt.jobs.demo_model import prepare_demo
+
+    demo = prepare_demo(work)
+    return os.fspath(demo.model_dir), config.data or os.fspath(demo.corpus_dir), config.with_changes(init="random")
+
+
+def _tokenizer(source: str, *, required: bool) -> Any:
+    from memopt.jobs.tokenizing import load_tokenizer
+
+    try:
+        return load_tokenizer(source)
+    except BadInput:
+        if required:
+            raise
+        return None
+
+
+def _dataset(
+    source: str, tokenizer: Any, seq_len: int, vocab_size: int, path: Path, progress: Progress
+) -> TokenDataset:
+    with progress.work(f"packing {source}", source_bytes(source)) as work:
+        return prepare(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size, path=path, on_bytes=work.advance)

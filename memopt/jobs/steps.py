@@ -1,0 +1,94 @@
+"""The optimizer steps of a run as the loop takes them: lists of micro-batches by step number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from memopt.errors import BadInput
+from memopt.jobs.data import BatchOrder, TokenDataset
+from memopt.offload.model import Batch
+
+
+class Steps(Protocol):
+    """Steps by number, 0 is the first: a resumed run goes on from its number alone."""
+
+    total: int
+    max_tokens: int
+    """Of the largest step, all micro-batches together."""
+
+    def batch(self, step: int) -> list[Batch]:
+        """The micro-batches of one step."""
+
+    def largest(self) -> Batch:
+        """A micro-batch of the largest shape, for measuring."""
+
+    def identity(self) -> str:
+        """Equal for equal data."""
+
+
+@dataclass
+class PackedSteps:
+    """Steps out of a packed data set."""
+
+    dataset: TokenDataset
+    order: BatchOrder
+    packed_positions: bool = True
+    """The model takes `position_ids`."""
+
+    @property
+    def total(self) -> int:
+        return self.order.total_steps
+
+    @property
+    def max_tokens(self) -> int:
+        return min(self.order.batch_size * self.order.grad_accum, len(self.dataset)) * self.dataset.seq_len
+
+    def batch(self, step: int) -> list[Batch]:
+        return [self._micro(indices) for indices in self.order.indices(step)]
+
+    def largest(self) -> Batch:
+        count = min(self.order.batch_size, len(self.dataset))
+        micro = dict(self._micro(range(count)))
+        if self.packed_positions:  # two documents: the mask that packing needs is there
+            half = self.dataset.seq_len // 2
+            positions = torch.arange(self.dataset.seq_len)
+            positions[half:] -= half
+            micro["position_ids"] = positions.expand(count, -1)
+        return micro
+
+    def identity(self) -> str:
+        return self.dataset.content_hash
+
+    def _micro(self, indices: Sequence[int]) -> Batch:
+        micro = self.dataset.micro_batch(list(indices))
+        if not self.packed_positions:
+            micro.pop("position_ids")
+        return micro
+
+
+class GivenSteps:
+    """Steps a caller hands over, used as they are."""
+
+    def __init__(self, batches: Iterable[Sequence[Batch]], max_steps: int | None):
+        self._batches = list(batches)
+        if not self._batches or any(not step for step in self._batches):
+            raise BadInput("batches: there is no step, or a step without micro-batches")
+        for number, step in enumerate(self._batches):
+            for micro in step:
+                if "input_ids" not in micro or "labels" not in micro:
+                    raise BadInput(f"batches: step {number} has a micro-batch without input_ids or labels")
+        self.total = min(len(self._batches), max_steps) if max_steps is not None else len(self._batches)
+        self.max_tokens = max(sum(m["input_ids"].numel() for m in step) for step in self._batches)
+
+    def batch(self, step: int) -> list[Batch]:
+        return list(self._batches[step])
+
+    def largest(self) -> Batch:
+        return max((m for step in self._batches for m in step), key=lambda m: m["input_ids"].numel())
+
+    def identity(self) -> str:
+        return "given"
