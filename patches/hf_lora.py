@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,23 +44,19 @@ class Adapted:
         return out
 
     def write(self, directory: Path, tensors: Callable[[str], torch.Tensor], tokenizer: Any) -> None:
-        """A peft adapter directory (adapter_model.safetensors, adapter_config.json), whole or not at all."""
+        """Fill a new directory with the adapters as peft stores them: adapter_model.safetensors, adapter_config.json."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         state = {_PREFIX + n: tensors(n).clone() for n, p in self.module.named_parameters() if p.requires_grad}
         adapters = get_peft_model_state_dict(self.peft_model, state_dict=state)
-        place = directory.with_name(f".{directory.name}.unfinished-{secrets.token_hex(4)}")
-        place.mkdir(parents=True)
-        save_file(adapters, place / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = self.peft_model.peft_config["default"]
+        directory.mkdir(parents=True)
+        save_file(adapters, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = copy.copy(self.peft_model.peft_config["default"])
         config.inference_mode = True
-        config.save_pretrained(os.fspath(place))
+        config.save_pretrained(os.fspath(directory))
         if tokenizer is not None:
-            tokenizer.save_pretrained(os.fspath(place))
-        if directory.exists():
-            directory.rmdir()
-        place.rename(directory)
+            tokenizer.save_pretrained(os.fspath(directory))
 
 
 def adapt(
@@ -92,6 +88,7 @@ def adapt(
             f"LoRA cannot be placed ({str(error).splitlines()[0]}); name modules with --lora-target-modules, "
             "for instance q_proj,v_proj"
         ) from None
+    _refuse_tables(module)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     for child in module.modules():
         for key, param in list(child._parameters.items()):
@@ -100,8 +97,23 @@ def adapt(
     return Adapted(module, peft_model)
 
 
+def _refuse_tables(module: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for what, table in (
+        ("input embedding", module.get_input_embeddings()),  # type: ignore[operator]
+        ("output head", module.get_output_embeddings()),  # type: ignore[operator]
+    ):
+        if isinstance(table, BaseTunerLayer):
+            name = next(n for n, child in module.named_modules() if child is table)
+            raise BadInput(
+                f"LoRA on the {what} ({name}) cannot be streamed; leave {name.rpartition('.')[2]} out of "
+                "--lora-target-modules"
+            )
+
+
 def _initial(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    if "lora_B" in name or "lora_embedding_A" in name:
+    if "lora_B" in name:
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))

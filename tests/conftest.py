@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.finetune_helpers import forks, one_thread, tiny  # noqa: F401 - fixtures of whole runs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]

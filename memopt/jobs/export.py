@@ -25,14 +25,14 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
     """
     from memopt.jobs.tokenizing import load_tokenizer
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, offload_dir=offload_dir)
     directory = RunDirectory(offload_dir)
     about = directory.about()
     saved = directory.saved()
     if saved is None:
         raise BadInput(f"{offload_dir}: nothing was saved yet; start it again with `memopt finetune ... --resume`")
     config = FinetuneConfig.of(**{k: v for k, v in about["config"].items() if v is not None})
-    source = config.model
+    source = saved["fingerprint"]["model"]  # an absolute path, wherever the export is started from
     if source == "demo":
         source = os.fspath(offload_dir / "demo-model")
         config = config.with_changes(init="random")
@@ -53,6 +53,6 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
                 work.advance(done - before)
                 before = done
 
-            with replace_output(output) as place:
+            with replace_output(output, overwrite=overwrite) as place:
                 model.write(place, lambda name: read_parameters(store, layout, [name])[name], advance)
         return int(store.meta["step"])

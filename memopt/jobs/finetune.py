@@ -16,10 +16,11 @@ import torch
 
 from memopt.budget import Budget
 from memopt.errors import BadInput, Interrupted, OverBudget
-from memopt.jobs.config import FinetuneConfig, differences
+from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.output_dir import check_output, replace_output
 from memopt.jobs.preparation import Prepared, prepare_job
 from memopt.jobs.progress import Progress, StepRecord
+from memopt.jobs.resume import claimed, refuse_or_resume, require_same_run
 from memopt.jobs.run_dir import RunDirectory
 from memopt.jobs.schedule import lr_at
 from memopt.ledger import Ledger
@@ -49,19 +50,27 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
     """
     if config.data is None and batches is None and config.model != "demo":
         raise BadInput("no data: give `data`, or `batches`")
-    if config.output is not None:
-        check_output(Path(config.output), overwrite=config.overwrite)
     directory = RunDirectory(Path(config.offload_dir)) if config.offload_dir else None
-    notes = directory.claim(config.to_dict()) if directory else []
-    saved = _refuse_or_resume(config, directory, notes)
+    if config.output is not None:
+        check_output(
+            Path(config.output), overwrite=config.overwrite, offload_dir=directory.path if directory else None
+        )
+    notes = directory.look() if directory else []
     with ExitStack() as stack:
+        if directory is not None and not config.dry_run:
+            stack.enter_context(claimed(directory, config))
+        saved = refuse_or_resume(config, directory, notes)
         watch = [directory.path] if directory else []
         over = threading.Event()
         budget_limit = _limit(config)
         session = Session(watch=watch, limit_bytes=budget_limit, on_over=lambda now, limit: over.set())
         stack.enter_context(session)
-        progress = stack.enter_context(Progress(quiet=config.quiet, log_file=config.log_file))
-        work = directory.path if directory else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memopt-")))
+        log_file = None if config.dry_run else config.log_file
+        progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file))
+        if directory is not None and not config.dry_run:
+            work = directory.path
+        else:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memopt-")))
         with session.phase("prepare"):
             prepared = prepare_job(config, directory, batches, progress, work)
             kept = saved["plan"] if saved else None
@@ -75,30 +84,6 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
 
 def _limit(config: FinetuneConfig) -> int | None:
     return Budget.of(dram=config.dram, machine=Machine.capacities()).dram_bytes
-
-
-def _refuse_or_resume(
-    config: FinetuneConfig, directory: RunDirectory | None, notes: list[str]
-) -> dict[str, Any] | None:
-    """Meta of the save to go on from; None to start from the beginning."""
-    if directory is None:
-        return None
-    saved = directory.saved()
-    if config.resume:
-        if saved is None:
-            notes.append("nothing was saved yet: starting over")
-            if not config.dry_run:
-                directory.forget_state()
-        return saved
-    if saved is not None and not config.dry_run:
-        raise BadInput(
-            f"--offload-dir {directory.path} holds a run saved at step {saved['step']} of {saved['steps']}: "
-            f"go on with --resume, keep its model with `memopt export {directory.path} --output DIR`, or remove it "
-            f"with `memopt clean {directory.path}`"
-        )
-    if not config.dry_run:
-        directory.forget_state()
-    return None
 
 
 @dataclass
@@ -210,23 +195,12 @@ class _Run:
         prepared, plan, rule = self.prepared, self.plan, self.prepared.rule
         identity = prepared.identity(self.layout)
         if self.saved is not None:
-            changed = [
-                *differences(self.saved["fingerprint"], identity["fingerprint"]),
-                *[f"{k} changed" for k in ("data", "steps", "layout", "compute") if self.saved[k] != identity[k]],
-            ]
-            if changed:
-                raise BadInput(
-                    f"--resume: this is not the run that {self.directory.path} holds: {'; '.join(changed)}. Resume with the "
-                    "old settings, or start a new run in another --offload-dir"
-                )
+            require_same_run(self.directory, self.saved, identity)
             store = stack.enter_context(BlockStore.open(self.directory.state, self.pool))
             self.progress.note(f"resuming after step {store.meta['step']} of {prepared.steps.total}")
         else:
             self.directory.remember(self.config.to_dict())
             store = stack.enter_context(create_state(self.directory.state, self.layout, rule, self.pool, {}))
-            total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
-            with self.session.phase("load"), self.progress.work("loading the model", total) as work:
-                fill_state(store, self.layout, rule, prepared.model.read, self._meta(identity, 0, 0), work.advance)
         if not store.direct:
             self.notes.append(f"the page cache is used: {store.why_not_direct}")
         specs = scratch_specs(
@@ -237,10 +211,15 @@ class _Run:
             width=prepared.costs.width,
             dtype=prepared.compute.dtype,
         )
+        self.directory.forget(self.directory.scratch)
         scratch = create_scratch(self.directory.scratch, specs, self.pool)
         if scratch is not None:
             stack.callback(BlockStore.destroy, self.directory.scratch)
             stack.enter_context(scratch)
+        if self.saved is None:  # all space is reserved by now: a full disk is known before the long part
+            total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
+            with self.session.phase("load"), self.progress.work("loading the model", total) as work:
+                fill_state(store, self.layout, rule, prepared.model.read, self._meta(identity, 0, 0), work.advance)
         return store, scratch
 
     def _engine(self, store: BlockStore | None, scratch: BlockStore | None) -> Engine:
@@ -342,7 +321,10 @@ class _Run:
 
     def _export(self, engine: Engine, output: Path) -> None:
         total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
-        with replace_output(output) as place, self.progress.work("writing the model", total) as work:
+        with (
+            replace_output(output, overwrite=self.config.overwrite) as place,
+            self.progress.work("writing the model", total) as work,
+        ):
             before = 0
 
             def advance(done: int, _: int) -> None:

@@ -9,28 +9,38 @@ demo-model/, demo-corpus/   of `--model demo`
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memopt import __version__, atomic
 from memopt.errors import BadInput
+from memopt.jobs import demo_model
+from memopt.store import manifest
 from memopt.store.block_store import BlockStore
-from memopt.store.errors import StoreForeign, StoreIncomplete, StoreMissing
+from memopt.store.errors import StoreForeign, StoreIncomplete, StoreLocked, StoreMissing
 from memopt.store.files import is_tmpfs
+from memopt.store.locks import holder_of
 from memopt.store.transfer import IoPool
 
 MARKER = "memopt-run.json"
 FORMAT = 1
-_OWN_DIRECTORIES = ("demo-model", "demo-corpus")
+_TOKENS = ("train.tokens", "eval.tokens")
+_DEMO = ("demo-model", "demo-corpus")
+_HARMLESS = ("lost+found",)  # what a fresh file system has
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run's directory. `claim` it before writing into it."""
+    """One run's directory. `claim` it before writing into it, and `hold` it while doing so."""
 
     path: Path
 
@@ -42,44 +52,62 @@ class RunDirectory:
     def scratch(self) -> Path:
         return self.path / "scratch"
 
-    def tokens(self, split: str) -> Path:
-        return self.path / f"{split}.tokens"
+    def look(self) -> list[str]:
+        """What a person should know before this directory is used; nothing is written.
 
-    def claim(self, config: dict[str, Any]) -> list[str]:
-        """Make the directory ours, or see that it is; returns what a person should know about it.
-
-        Raises BadInput when it cannot be written, or StoreForeign when it holds somebody else's files.
+        Raises BadInput when it is no directory or of another format, StoreForeign when it holds somebody else's files.
         """
         notes = []
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            entries = [e.name for e in self.path.iterdir()]
-            if entries and MARKER not in entries:
-                raise StoreForeign(
-                    f"--offload-dir {self.path} holds files that are not memopt's ({', '.join(sorted(entries)[:3])}"
-                    f"{', ...' if len(entries) > 3 else ''}); name an empty or new directory"
-                )
+            entries = {e.name for e in self.path.iterdir()} if self.path.exists() else set()
             if MARKER in entries:
                 self.about()
-            if not self.state.exists() or MARKER not in entries:
-                self._write(config)
-        except NotADirectoryError:
-            raise BadInput(f"--offload-dir {self.path} is not a directory; name a directory on the SSD") from None
-        except FileExistsError:
-            raise BadInput(f"--offload-dir {self.path} is a file; name a directory on the SSD") from None
+            elif foreign := sorted(e for e in entries if e not in _HARMLESS and not _is_unfinished_marker(e)):
+                raise StoreForeign(
+                    f"--offload-dir {self.path} holds files that are not memopt's ({', '.join(foreign[:3])}"
+                    f"{', ...' if len(foreign) > 3 else ''}); name an empty or new directory"
+                )
         except OSError as error:
-            raise BadInput(
-                f"--offload-dir {self.path} cannot be used ({error.strerror}); name a directory you can write to"
-            ) from error
+            raise self._unusable(error) from error
         if is_tmpfs(self.path):
             notes.append(f"--offload-dir {self.path} is on tmpfs, which is DRAM: what is offloaded there saves nothing")
         return notes
+
+    def claim(self, config: dict[str, Any]) -> bool:
+        """Make the directory ours; whether it was not before. Raises BadInput when it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            new = not (self.path / MARKER).exists()
+            if new:
+                self._write(config)
+            return new
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other processes from training into, or cleaning, this directory. Raises StoreLocked when one is."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # some network file systems lock no directories; the lock of the store inside holds there
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise StoreLocked(
+                        f"{self.path} is in use by {holder_of(self.path)}; wait for it, stop it, or use another directory"
+                    ) from None
+            yield
+        finally:
+            os.close(fd)
 
     def about(self) -> dict[str, Any]:
         """What the marker says. Raises StoreMissing or BadInput."""
         try:
             about = json.loads((self.path / MARKER).read_text())
-        except FileNotFoundError:
+            if not isinstance(about, dict):
+                raise ValueError("it holds no object")
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreMissing(
                 f"{self.path} holds no memopt run (no {MARKER}); name the --offload-dir of one"
             ) from None
@@ -90,11 +118,11 @@ class RunDirectory:
                 f"{self.path} was made by memopt {about.get('memopt', '?')} in format {about.get('format')!r}, this is "
                 f"{__version__} with format {FORMAT}; finish or export it with that version, or name another directory"
             )
-        return dict(about)
+        return about
 
     def saved(self) -> dict[str, Any] | None:
         """Meta of the last save, or None when nothing was saved yet. Raises StoreLocked while another process writes."""
-        if not self.state.exists():
+        if not self.state.exists() or _is_unborn(self.state):
             return None
         with IoPool(1) as pool:
             try:
@@ -103,10 +131,16 @@ class RunDirectory:
             except (StoreIncomplete, StoreMissing):
                 return None
 
-    def forget_state(self) -> None:
-        """Remove a state in which nothing was saved."""
-        if self.state.exists():
-            BlockStore.destroy(self.state)
+    def forget(self, store: Path) -> None:
+        """Remove `state` in which nothing was saved, or an old `scratch`; also what a killed creation left of one."""
+        if not store.exists():
+            return
+        if _is_unborn(store):
+            for name in (manifest.LOCK, manifest.MARKER):
+                (store / name).unlink(missing_ok=True)
+            store.rmdir()
+        else:
+            BlockStore.destroy(store)
 
     def remember(self, config: dict[str, Any]) -> None:
         """Keep the configuration of the run that starts now."""
@@ -118,20 +152,48 @@ class RunDirectory:
         Raises StoreMissing without a marker, StoreLocked while a run is using it.
         """
         self.about()
+        with self.hold():
+            return self.discard()
+
+    def discard(self) -> list[str]:
+        """`clean` for the process that holds the directory."""
         for part in (self.state, self.scratch):
-            if part.exists():
-                BlockStore.destroy(part)
-        for name in _OWN_DIRECTORIES:
-            if (self.path / name).is_dir():
+            self.forget(part)
+        for name in _DEMO:
+            if (self.path / name / demo_model.MARKER).exists():
                 shutil.rmtree(self.path / name)
-        for file in self.path.glob("*.tokens"):
-            file.unlink()
+            for unfinished in self.path.glob(f".{name}.*"):
+                shutil.rmtree(unfinished)
+        for name in _TOKENS:
+            (self.path / name).unlink(missing_ok=True)
+            (self.path / f"{name}.part").unlink(missing_ok=True)
+        for entry in list(self.path.iterdir()):
+            if _is_unfinished_marker(entry.name):
+                entry.unlink()
         (self.path / MARKER).unlink()
         left = sorted(e.name for e in self.path.iterdir())
         if not left:
-            os.rmdir(self.path)
+            with contextlib.suppress(OSError):  # a mount point stays
+                os.rmdir(self.path)
         return left
 
     def _write(self, config: dict[str, Any]) -> None:
         about = {"memopt": __version__, "format": FORMAT, "config": config}
         atomic.write_text(self.path / MARKER, json.dumps(about, indent=1))
+
+    def _unusable(self, error: OSError) -> BadInput:
+        if isinstance(error, (NotADirectoryError, FileExistsError)):
+            return BadInput(f"--offload-dir {self.path} is or lies below a file; name a directory on the SSD")
+        return BadInput(
+            f"--offload-dir {self.path} cannot be used ({error.strerror}); name a directory you can write to"
+        )
+
+
+def _is_unborn(store: Path) -> bool:
+    """Whether this is all that a store's creation left which was killed before its marker was written."""
+    own = (manifest.LOCK, manifest.MARKER)
+    return store.is_dir() and all(e.name in own and e.stat().st_size == 0 for e in store.iterdir())
+
+
+def _is_unfinished_marker(name: str) -> bool:
+    return name.startswith(f".{MARKER}.") and name.endswith(".tmp")

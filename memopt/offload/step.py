@@ -28,7 +28,7 @@ from memopt.offload.head import HeadLoss, Targets, Tile
 from memopt.offload.layout import UnitKind
 from memopt.offload.model import Batch, BlockCall, first
 from memopt.offload.rows import CompactEmbedding
-from memopt.offload.sink import GradientSink, adder
+from memopt.offload.sink import GradientSink
 from memopt.offload.stream import Held, Stay
 from memopt.offload.updater import StepTerms, Update
 
@@ -86,6 +86,8 @@ class StepRun:
         stays += [replace(stay, update=riding.pop(stay.unit.name, None)) for stay in heads]
         stays += [Stay(u, again=u.index == last) for u in reversed(layout.blocks)]
         engine.stream.start(stays)
+        for unit in (layout.rest, *layout.embed):
+            engine.homes[unit].wait_updated()
         with self._scope():
             self._entry()
             self._forward()
@@ -105,7 +107,8 @@ class StepRun:
     def evaluate(self) -> float:
         """Entry, forward and exit; returns the loss."""
         engine, layout = self._engine, self._engine.layout
-        self._first_updates()
+        for unit in (layout.rest, *layout.embed):
+            engine.homes[unit].wait_updated()
         engine.stream.start([Stay(u) for u in (*layout.blocks, *layout.head)])
         with self._scope():
             self._entry()
@@ -130,8 +133,6 @@ class StepRun:
         for unit in (layout.rest, *layout.embed):
             if unit.name in updates:
                 engine.updater.submit(updates.pop(unit.name))
-        for unit in (layout.rest, *layout.embed):
-            engine.homes[unit].wait_updated()
         return updates
 
     def _entry(self) -> None:
@@ -217,8 +218,14 @@ class StepRun:
             return
         values = torch.zeros(self._table.shape, dtype=torch.float32, device=self._table.device)
         param = nn.Parameter(self._table, requires_grad=trained)
+
+        def add(table: torch.Tensor) -> None:
+            assert table.grad is not None
+            values.add_(table.grad)
+            table.grad = None
+
         if trained:
-            param.register_post_accumulate_grad_hook(adder(values))
+            param.register_post_accumulate_grad_hook(add)
         with CompactEmbedding(engine.model.embedding, self._rows).bound(param):
             for index, (micro, span) in enumerate(zip(self._batch, self._spans, strict=True)):
                 self._seed(_ENTRY, index)

@@ -186,11 +186,11 @@ class Updater:
             key=ChunkKey(step=update.terms.step, tensor=home.index, position=a),
         )
         writes = []
-        store = self._homes.store
+        homes = self._homes  # without a store nothing lives there and nothing is saved
         if home.moments is None or update.terms.save:
-            writes.append(store.write(moments_name(unit), as_bytes(record), self._rule.record_bytes(a)))
+            writes.append(homes.store.write(moments_name(unit), as_bytes(record), self._rule.record_bytes(a)))
         if home.weights is None or update.terms.save:
-            writes.append(store.write(weights_name(unit), as_bytes(weights), 4 * a))
+            writes.append(homes.store.write(weights_name(unit), as_bytes(weights), 4 * a))
         if ahead is not None:
             Transfer.all(writes).then(lambda _: self._give_back(ahead.buffer))
         return writes
