@@ -18,8 +18,8 @@ test: venv
 	scripts/test
 
 demo: venv
-	$(BIN)/python -m memopt.jobs.demo
+	$(BIN)/memopt demo
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,7 +44,8 @@ class Adapted:
         return out
 
     def write(self, directory: Path, tensors: Callable[[str], torch.Tensor], tokenizer: Any) -> None:
-        """Fill a new directory with the adapters as peft stores them: adapter_model.safetensors, adapter_config.json."""
+        """Fill a new directory with the adapters as peft stores them: adapter_model.safetensors,
+        adapter_config.json."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
@@ -82,7 +83,7 @@ def adapt(
         base_model_name_or_path=base_name,
     )
     try:
-        peft_model = get_peft_model(module, config)  # type: ignore[arg-type]
+        peft_model = get_peft_model(module, config)
     except ValueError as error:
         raise BadInput(
             f"LoRA cannot be placed ({str(error).splitlines()[0]}); name modules with --lora-target-modules, "

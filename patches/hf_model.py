@@ -1,14 +1,14 @@
 """Hugging Face causal language models as the engine sees them: entry, blocks, exit.
 
-The model keeps driving its own entry and exit. Its blocks are replaced for the length of a call by probes that record how
-each block is called; the engine then calls the real blocks itself. No model code is known here, only the conventions every
+The model keeps driving its own entry and exit. Its blocks are replaced for the length of a call by probes that
+record how each block is called; the engine then calls the real blocks itself. No model code is known here, only the conventions every
 transformers causal LM follows: `_no_split_modules`, `get_input_embeddings`, `get_output_embeddings`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from memopt.offload.trace import returns_tuple
 
 
 class HFLayeredModel:
-    """Adapter of a transformers causal LM to `memopt.offload.model.LayeredModel`. Undone by dropping it: nothing is patched
-    outside a call.
+    """Adapter of a transformers causal LM to `memopt.offload.model.LayeredModel`. Undone by dropping it: nothing is
+    patched outside a call.
 
-    Raises BadInput for a model whose blocks cannot be found, that changes the hidden state between its blocks, that hands its
-    blocks a differentiable tensor, or that shares parameters across blocks.
+    Raises BadInput for a model whose blocks cannot be found, that changes the hidden state between its blocks, that
+    hands its blocks a differentiable tensor, or that shares parameters across blocks.
     """
 
     def __init__(self, module: nn.Module):
@@ -49,13 +49,12 @@ class HFLayeredModel:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         run = _ProbeRun(self, stop_after_last=True)
         with self._probed(run.probes):
-            try:
+            with suppress(_BlocksDone):
                 self.module(**inputs, use_cache=False)
-            except _BlocksDone:
-                pass
         if len(run.calls) != len(self.blocks):
             raise BadInput(
-                f"{self._name}: its forward called {len(run.calls)} of {len(self.blocks)} blocks; this model cannot be streamed"
+                f"{self._name}: its forward called {len(run.calls)} of {len(self.blocks)} blocks; "
+                f"this model cannot be streamed"
             )
         assert run.entry is not None
         return Entry(run.entry, run.calls)
@@ -106,7 +105,8 @@ class HFLayeredModel:
                 other = owner.setdefault(id(param), full)
                 if not other.startswith(self.block_prefix(index)):
                     raise BadInput(
-                        f"{self._name}: parameter {full} is shared with {other}; models that share weights across blocks "
+                        f"{self._name}: parameter {full} is shared with {other}; models that share "
+                        f"weights across blocks "
                         "cannot be streamed block by block"
                     )
 
@@ -146,7 +146,8 @@ class _ProbeRun:
             )
         if any(t.requires_grad for t in call.tensors()):
             raise BadInput(
-                f"{name}: block {index} is handed a differentiable tensor besides the hidden state; it cannot be streamed"
+                f"{name}: block {index} is handed a differentiable tensor besides the hidden state; "
+                f"it cannot be streamed"
             )
 
 
@@ -180,10 +181,11 @@ def _find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     best: tuple[str, nn.ModuleList] | None = None
     for path, child in module.named_modules():
         named = isinstance(child, nn.ModuleList) and len(child) and {type(b).__name__ for b in child} <= names
-        if named and (best is None or len(child) > len(best[1])):  # type: ignore[arg-type]
-            best = (path, child)  # type: ignore[assignment]
+        if named and (best is None or len(child) > len(best[1])):
+            best = (path, child)
     if best is None:
         raise BadInput(
-            f"{type(module).__name__}: its decoder blocks cannot be found (no ModuleList of {sorted(names) or 'known blocks'})"
+            f"{type(module).__name__}: its decoder blocks cannot be found (no ModuleList of "
+            f"{sorted(names) or 'known blocks'})"
         )
     return best

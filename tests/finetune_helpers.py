@@ -193,11 +193,12 @@ class Child:
 class Forks:
     """Starts command lines as forks of a process that has imported everything and has one thread only."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, warm_up: list[str]) -> None:
+        """`warm_up`: arguments of a dry run."""
         self._directory = directory
         self._count = 0
         self._server = subprocess.Popen(
-            [sys.executable, "-c", "from tests.finetune_helpers import serve; serve()"],
+            [sys.executable, "-c", "from tests.finetune_helpers import serve; serve()", *warm_up],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -231,14 +232,20 @@ class Forks:
 
 def serve() -> None:
     """Fork a child per order; a child must be waited for before the next one is ordered."""
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama
-    import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+    import gc
 
-    import memopt.jobs.finetune
+    import peft  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
     import memopt.patches.hf_lora
     import memopt.profiler.render  # noqa: F401
+    from memopt.launchers import main
 
+    # following a model on fake tensors for the first time takes longer than all else
+    assert main.run(sys.argv[1:]) == 0
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork of this process would lack its other threads"
+    gc.collect()
+    gc.freeze()
     pid = 0
     for line in sys.stdin:
         order = json.loads(line)
@@ -302,8 +309,9 @@ def mortal(call: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    started = Forks(tmp_path_factory.mktemp("forks"))
+def forks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    warm_up = ["finetune", "--model", tiny.model(), "--data", tiny.text, "--dry-run", "--quiet"]
+    started = Forks(tmp_path_factory.mktemp("forks"), warm_up)
     yield started
     started.close()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,7 +74,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**_COMMON, "head_dim": 16}),
     "mistral": ("mistral", {**_COMMON, "sliding_window": 8}),
     "gemma2": ("gemma2", {**_COMMON, "head_dim": 16, "sliding_window": 8}),
-    "gemma3": ("gemma3_text", {**_COMMON, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_COMMON,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "phi": ("phi", _COMMON),
     "phi3": ("phi3", {**_COMMON, "pad_token_id": 0}),
     "gpt2": ("gpt2", _GPT2),
@@ -105,6 +114,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**_COMMON, **_QWEN_MOE}),
     "deepseek_v3": ("deepseek_v3", {**_COMMON, **_MLA, **_ROUTED, "moe_intermediate_size": 32}),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Import it into a test module and its tests compute with one thread.
+
+    Tensors this small gain nothing from more, and on a busy machine OpenMP's spinning threads cost a factor of six.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config_of(family: str, **changes: Any) -> Any:
@@ -216,7 +237,7 @@ def plan_for(layout: Layout, residence: dict[str, Residence] | None = None, **ch
         head_gradient_slots=1,
         ring_buffers=2,
         tile_rows=WHOLE,
-        loss_tokens=13,
+        loss_tokens=61,
         activation_layers_on_ssd=0,
         io_workers=2,
         save_every=1,

@@ -93,9 +93,15 @@ class FinetuneConfig:
     eval_every: int | None = setting("Evaluate every N steps.", "Data", None, shown="start and end, with --eval-data")
 
     dram: str | int | None = setting(
-        "Host memory the run may use, libraries included: 2GiB, 80%.", "Memory", None, metavar="SIZE", shown="no limit"
+        "Host memory the run may use, libraries included: 2GiB, 80%.",
+        "Memory",
+        None,
+        metavar="SIZE",
+        shown="what the machine or container has, less a reserve",
     )
-    gpu: str | int | None = setting("GPU memory the run may use.", "Memory", None, metavar="SIZE", shown="no limit")
+    gpu: str | int | None = setting(
+        "GPU memory the run may use.", "Memory", None, metavar="SIZE", shown="what the GPU has"
+    )
     ssd: str | int | None = setting(
         "Space the run may use in --offload-dir.", "Memory", None, metavar="SIZE", shown="no limit"
     )

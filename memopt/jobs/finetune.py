@@ -44,17 +44,16 @@ from memopt.units import format_bytes
 def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None = None) -> Report:
     """Run the job that `config` describes and return its report.
 
-    `batches`: optimizer steps, each a list of micro-batches (dicts of `input_ids`, `labels` and whatever else the model's
-    forward takes, (B, S) int64), used as they are instead of `data`.
-    Raises BadInput, Infeasible (before anything is allocated), OverBudget, NonFinite, StoreError, Interrupted (after a save).
+    `batches`: optimizer steps, each a list of micro-batches (dicts of `input_ids`, `labels` and whatever else the
+    model's forward takes, (B, S) int64), used as they are instead of `data`.
+    Raises BadInput, Infeasible (before anything is allocated), OverBudget, NonFinite, StoreError, and Interrupted
+    (after a save).
     """
     if config.data is None and batches is None and config.model != "demo":
         raise BadInput("no data: give `data`, or `batches`")
     directory = RunDirectory(Path(config.offload_dir)) if config.offload_dir else None
     if config.output is not None:
-        check_output(
-            Path(config.output), overwrite=config.overwrite, offload_dir=directory.path if directory else None
-        )
+        check_output(Path(config.output), overwrite=config.overwrite, offload_dir=directory.path if directory else None)
     notes = directory.look() if directory else []
     with ExitStack() as stack:
         if directory is not None and not config.dry_run:
@@ -76,6 +75,7 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
             kept = saved["plan"] if saved else None
             prepared, plan = prepared.settle_plan(directory is not None, kept)
         run = _Run(prepared, plan, directory, session, progress, over, [*notes, *prepared.notes], saved)
+        stack.callback(run.pool.close)
         run.tell_plan()
         if config.dry_run:
             return run.report(0, {"dry_run": True})
@@ -123,7 +123,6 @@ class _Run:
         """Load, train, save, export; the report."""
         config, steps = self.config, self.prepared.steps
         with ExitStack() as stack:
-            stack.callback(self.pool.close)
             stack.enter_context(_threads(self.plan.compute_threads))
             store, scratch = self._stores(stack)
             engine = stack.enter_context(self._engine(store, scratch))
@@ -255,7 +254,7 @@ class _Run:
     def _step(self, engine: Engine, step: int) -> None:
         config, steps = self.config, self.prepared.steps
         began, waited = time.perf_counter(), engine.waited_s
-        read, written = self.pool.read_bytes, self.pool.written_bytes
+        read, written, busy = self.pool.read_bytes, self.pool.written_bytes, self.pool.busy_s
         lr = lr_at(step, steps.total, lr=config.lr, schedule=config.schedule, warmup_steps=config.warmup_steps)
         save = self.directory is not None and (step + 1) % self.plan.save_every == 0
         result = engine.step(steps.batch(step), lr=lr, save=save)
@@ -280,6 +279,7 @@ class _Run:
                 ssd_bytes=self.session.ssd_bytes(),
                 ssd_read_bytes=self.pool.read_bytes - read,
                 ssd_write_bytes=self.pool.written_bytes - written,
+                io_busy_s=self.pool.busy_s - busy,
                 saved_step=engine.saved_step if self.directory else None,
                 eval_loss=eval_loss,
             )
@@ -310,7 +310,8 @@ class _Run:
             report = self.report(engine.progress.step, {"stopped": "over budget"})
             peak, budget = report.tiers.dram.peak_bytes or 0, report.tiers.dram.budget_bytes or 0
             raise OverBudget(
-                f"the process used {format_bytes(peak)} of DRAM, over the budget of {format_bytes(budget)}; stopped: {where}, "
+                f"the process used {format_bytes(peak)} of DRAM, over the budget of "
+                f"{format_bytes(budget)}; stopped: {where}, "
                 "with a larger --dram",
                 tier=Tier.DRAM,
                 wanted_bytes=peak,
@@ -336,7 +337,7 @@ class _Run:
 
 
 def training_state_bytes(prepared: Prepared, layout: Layout) -> int:
-    """Weights, gradients and optimizer state of what is trained, and frozen weights: what would have to be in memory."""
+    """Weights, gradients and optimizer state, frozen weights included: what would have to be in memory."""
     return sum(2 * u.master_bytes + prepared.rule.record_bytes(u.numel) + u.frozen_bytes for u in layout.units)
 
 

@@ -1,5 +1,7 @@
-"""What a model costs per micro-batch, found before anything is allocated: its entry is run on an empty table, one block of
-each kind is followed on fake tensors."""
+"""What a model costs per micro-batch, found before anything is allocated.
+
+Its entry is run on an empty table; one block of each kind is followed on fake tensors.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def open_model(config: FinetuneConfig, source: str, compute_dtype: torch.dtype, 
     hf_config = load_config(source, weights=pretrained)
     if getattr(hf_config, "output_router_logits", False):
         raise BadInput(
-            f"{source}: its config asks for the router's auxiliary loss (output_router_logits), which a streamed model cannot "
+            f"{source}: its config asks for the router's auxiliary loss (output_router_logits), which "
+            f"a streamed model cannot "
             "compute; set it to false"
         )
     module = build_skeleton(hf_config, dtype=compute_dtype)
@@ -70,7 +71,8 @@ def open_model(config: FinetuneConfig, source: str, compute_dtype: torch.dtype, 
         unexpected = reader.check()
         if unexpected:
             notes.append(
-                f"{len(unexpected)} tensors of the checkpoint belong to no parameter and are ignored: {unexpected[0]}..."
+                f"{len(unexpected)} tensors of the checkpoint belong to no parameter and are ignored: "
+                f"{unexpected[0]}..."
             )
         reader.load_buffers()
         dtypes = {name: reader.dtype(name) for name, _ in module.named_parameters()}

@@ -36,7 +36,8 @@ def check_output(output: Path, *, overwrite: bool, offload_dir: Path | None = No
         raise BadInput(f"--output {output} exists; name another directory, or replace it with --overwrite")
     if not (output / MARKER).exists():
         raise BadInput(
-            f"--output {output} was not written by memopt (it has no {MARKER}), and --overwrite replaces only what memopt "
+            f"--output {output} was not written by memopt (it has no {MARKER}), and --overwrite "
+            f"replaces only what memopt "
             "wrote; remove it yourself or name another directory"
         )
 

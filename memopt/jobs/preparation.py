@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import inspect
@@ -27,6 +26,7 @@ from memopt.jobs.run_dir import RunDirectory
 from memopt.jobs.steps import GivenSteps, PackedSteps, Steps
 from memopt.machine import Machine
 from memopt.offload.costs import JobSizes
+from memopt.offload.heap import settle_heap, trim_heap
 from memopt.offload.layout import Layout
 from memopt.offload.model import Batch
 from memopt.optim.adamw import AdamW
@@ -112,7 +112,6 @@ class Prepared:
             clips=self.config.max_grad_norm > 0,
             tokens=self.steps.max_tokens,
             width=self.costs.width,
-            vocabulary=rows,
             compute_dtype=self.compute.dtype,
             on_gpu=self.compute.device.type == "cuda",
             forward_bytes=self.costs.forward_bytes,
@@ -150,6 +149,7 @@ def prepare_job(
     work: Path,
 ) -> Prepared:
     """Open model and data, choose the device, measure one micro-batch. `work`: where packed data may be written."""
+    settle_heap()
     compute = choose_compute(config)
     source, data, config = _sources(config, work)
     tokenizer = _tokenizer(source, required=batches is None)
@@ -240,13 +240,6 @@ def choose_compute(config: FinetuneConfig) -> Compute:
         dtype=torch.float32,
         reason="computing on cpu in float32: bfloat16 matrix products are slower on most CPUs (up to 25 times)",
     )
-
-
-def trim_heap() -> None:
-    """Hand freed heap memory back to the system, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _budget(config: FinetuneConfig, machine: Machine, compute: Compute) -> Budget:

@@ -44,6 +44,7 @@ class StepRecord:
     ssd_bytes: int | None = None
     ssd_read_bytes: int = 0
     ssd_write_bytes: int = 0
+    io_busy_s: float = 0.0
     saved_step: int | None = None
     eval_loss: float | None = None
 

@@ -34,9 +34,7 @@ def claimed(directory: RunDirectory, config: FinetuneConfig) -> Iterator[None]:
             raise
 
 
-def refuse_or_resume(
-    config: FinetuneConfig, directory: RunDirectory | None, notes: list[str]
-) -> dict[str, Any] | None:
+def refuse_or_resume(config: FinetuneConfig, directory: RunDirectory | None, notes: list[str]) -> dict[str, Any] | None:
     """Meta of the save to go on from; None to start from the beginning, with what to say about it added to `notes`.
 
     Raises BadInput when there is a save and nobody said what to do with it.

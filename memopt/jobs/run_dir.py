@@ -26,7 +26,7 @@ from memopt.errors import BadInput
 from memopt.jobs import demo_model
 from memopt.store import manifest
 from memopt.store.block_store import BlockStore
-from memopt.store.errors import StoreForeign, StoreIncomplete, StoreLocked, StoreMissing
+from memopt.store.errors import StoreForeign, StoreLocked, StoreMissing
 from memopt.store.files import is_tmpfs
 from memopt.store.locks import holder_of
 from memopt.store.transfer import IoPool
@@ -95,7 +95,8 @@ class RunDirectory:
                 # some network file systems lock no directories; the lock of the store inside holds there
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise StoreLocked(
-                        f"{self.path} is in use by {holder_of(self.path)}; wait for it, stop it, or use another directory"
+                        f"{self.path} is in use by {holder_of(self.path)}; wait for it, stop it, or "
+                        f"use another directory"
                     ) from None
             yield
         finally:
@@ -121,15 +122,15 @@ class RunDirectory:
         return about
 
     def saved(self) -> dict[str, Any] | None:
-        """Meta of the last save, or None when nothing was saved yet. Raises StoreLocked while another process writes."""
-        if not self.state.exists() or _is_unborn(self.state):
+        """Meta of the last save, or None when nothing was saved yet. Raises StoreLocked while another process
+        writes."""
+        if not (self.state / manifest.MANIFEST).exists():
             return None
-        with IoPool(1) as pool:
-            try:
-                with BlockStore.open(self.state, pool, writable=False) as store:
-                    return store.meta if "step" in store.meta else None
-            except (StoreIncomplete, StoreMissing):
-                return None
+        manifest.read_marker(self.state)
+        if "step" not in manifest.read_manifest(self.state).meta:
+            return None  # its creation or its removal was cut short: do not ask for its data files
+        with IoPool(1) as pool, BlockStore.open(self.state, pool, writable=False) as store:
+            return store.meta
 
     def forget(self, store: Path) -> None:
         """Remove `state` in which nothing was saved, or an old `scratch`; also what a killed creation left of one."""

@@ -17,9 +17,13 @@ from memopt.offload.model import Batch
 class Steps(Protocol):
     """Steps by number, 0 is the first: a resumed run goes on from its number alone."""
 
-    total: int
-    max_tokens: int
-    """Of the largest step, all micro-batches together."""
+    @property
+    def total(self) -> int:
+        """How many there are."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the largest step, all micro-batches together."""
 
     def batch(self, step: int) -> list[Batch]:
         """The micro-batches of one step."""

@@ -10,14 +10,15 @@ import torch
 from memopt.offload.activations import buffer_count, layer_bytes
 from memopt.offload.gradients import held_units
 from memopt.offload.layout import CHUNK, Layout, Unit, UnitKind
-from memopt.offload.rows import BOUNCE_BYTES
+from memopt.offload.rows import BOUNCE_BYTES, row_bytes
 from memopt.offload.updater import ring_bytes
 from memopt.optim_types import UpdateRule
 from memopt.plan_types import Residence
 from memopt.tiers import Category, Tier
 
 _LOGIT_COPIES = 3
-"""float32 tensors of (tokens, tile) alive at once in the exit: logits, their gradient, and one temporary of the softmax."""
+"""float32 tensors of (tokens, tile) alive at once in the exit: logits, their gradient, and one temporary of the
+softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,6 @@ class JobSizes:
     tokens: int
     """Per optimizer step, all micro-batches."""
     width: int
-    vocabulary: int
     compute_dtype: torch.dtype
     on_gpu: bool
     forward_bytes: int
@@ -73,9 +73,9 @@ def memory(job: JobSizes, layout: Layout, choice: Choice) -> dict[Tier, dict[Cat
         gradients += grad_slots * max(
             (u.master_bytes for u in units if not _gradient_in_dram(u, choice, held)), default=0
         )
-    rows = min(job.tokens, job.vocabulary) * _embedding_width(layout)
-    weights += rows * job.compute_dtype.itemsize
-    gradients += 2 * rows * 4 if layout.embed[0].trained else 0
+    rows = row_bytes(layout, job.tokens, job.compute_dtype)
+    weights += rows[Category.WEIGHTS]
+    gradients += rows[Category.GRADIENTS]
     compute, compute_weights = _working(job, layout, choice)
     kept = (buffer_count(len(layout.blocks), choice.activation_layers_on_ssd) + 1) * layer_bytes(
         job.tokens, job.width, job.compute_dtype
@@ -141,6 +141,9 @@ def traffic(job: JobSizes, layout: Layout, choice: Choice, save_every: int) -> T
         if unit.name in held and where.gradient == Tier.SSD:
             read += unit.master_bytes
             write += unit.master_bytes
+            if job.clips and unit.kind == UnitKind.EMBED:  # rows of a tied table's gradient, for its norm
+                count = unit.rows[1] - unit.rows[0]
+                read += min(job.tokens, count) * (unit.master_bytes // count)
     spilled = layer_bytes(job.tokens, job.width, job.compute_dtype) * choice.activation_layers_on_ssd
     return Traffic(read + spilled, write + spilled)
 
@@ -162,10 +165,6 @@ def _streamed(unit: Unit, choice: Choice) -> int:
 
 def _gradient_in_dram(unit: Unit, choice: Choice, held: set[str]) -> bool:
     return unit.name in held and choice.residence[unit.name].gradient == Tier.DRAM
-
-
-def _embedding_width(layout: Layout) -> int:
-    return (layout.embed[0].trained or layout.embed[0].frozen)[0].shape[1]
 
 
 def _working(job: JobSizes, layout: Layout, choice: Choice) -> tuple[int, int]:

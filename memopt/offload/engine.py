@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from memopt.errors import MemoptError
 from memopt.ledger import Ledger
@@ -18,7 +19,7 @@ from memopt.offload.gradients import RowGradient, held_units, squared_norm
 from memopt.offload.homes import Home, Homes, as_bytes, gradient_name, moments_name, weights_name
 from memopt.offload.layout import Layout, Unit, UnitKind
 from memopt.offload.model import Batch, Binder, LayeredModel
-from memopt.offload.rows import RowReader
+from memopt.offload.rows import RowReader, row_bytes
 from memopt.offload.sink import GradientSink
 from memopt.offload.step import StepRun
 from memopt.offload.stream import WeightStream
@@ -101,6 +102,7 @@ class Engine:
         self.progress = progress or Progress()
         self._about = dict(about or {})
         self.binder = Binder(model.module)
+        _move_buffers(model.module, settings.device)
         pin = settings.device.type == "cuda"
         held = {u.name for u in held_units(layout, clips=settings.clip_norm > 0)}
         with ExitStack() as undo:
@@ -136,7 +138,10 @@ class Engine:
                 pin=pin,
             )
             undo.callback(self.activations.close)
-            self.rows = RowReader(self.homes)
+            for category, nbytes in row_bytes(layout, settings.max_tokens, settings.compute_dtype).items():
+                if nbytes:
+                    undo.callback(ledger.charge(Tier.DRAM, category, nbytes, "embedding rows of a step").release)
+            self.rows = RowReader(self.homes, ledger)
             undo.callback(self.rows.close)
             self._close = undo.pop_all().close
         self.trained_names = frozenset(p.name for u in layout.units for p in u.trained)
@@ -146,6 +151,7 @@ class Engine:
         self._pending: Pending | None = None
         self._commit = Transfer(0)
         self._unsaved = False
+        self._broken: str | None = None
 
     def __enter__(self) -> Engine:
         return self
@@ -169,8 +175,9 @@ class Engine:
         """
         run = StepRun(self, batch, self.progress.step + 1, train=True)
         terms = StepTerms(step=self.progress.updates + 1, lr=lr, save=save)
-        loss = run.train(None if self.clips else terms)
-        norm = run.gradient_norm() if self.clips else None
+        with self._whole(f"step {self.progress.step + 1}"):
+            loss = run.train(None if self.clips else terms)
+            norm = run.gradient_norm() if self.clips else None
         finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
         seen = self.progress.step + 1
         if not finite and not self.settings.skip_nonfinite:
@@ -195,10 +202,12 @@ class Engine:
         """Mean loss over the target tokens of these micro-batches, and how many there are. No state changes."""
         self.flush()
         run = StepRun(self, batch, self.progress.step, train=False)
-        return run.evaluate(), run.target_tokens
+        with self._whole(f"the evaluation after step {self.progress.step}"):
+            return run.evaluate(), run.target_tokens
 
     def flush(self) -> None:
         """Apply a pending update now, in a sweep of its own."""
+        self._require_whole()
         if self._pending is not None:
             updates = self.begin_pending(riding=False)
             for update in updates.values():
@@ -273,6 +282,20 @@ class Engine:
             if pending.terms.save:
                 self._commit_now(pending.progress)
                 self._unsaved = self.progress.step != pending.progress.step
+
+    @contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """What breaks off in here leaves half a step behind, which must not be saved or built upon."""
+        self._require_whole()
+        try:
+            yield
+        except BaseException as error:
+            self._broken = f"{what} was broken off ({type(error).__name__}: {error})"
+            raise
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise MemoptError(f"{self._broken}; open a new engine: it starts from the last save")
 
     def announce(self, updates: Sequence[Update]) -> None:
         """Updates are coming in this order; nothing is modified before the last commit is durable."""
@@ -354,6 +377,14 @@ class SinkPool:
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Rotary tables and the like go to where the blocks are computed; parameters are meta placeholders and stay."""
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = buffer.to(device)
 
 
 def _all_in_dram(home: Home, held: set[str]) -> bool:

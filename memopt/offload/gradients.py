@@ -1,7 +1,9 @@
-"""The gradient of a unit as the update sees it: dense in memory, dense on SSD, or the few rows of a table a batch touched."""
+"""The gradient of a unit as the update sees it: dense in memory, dense on SSD, or the few rows of a table a batch
+touched."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +44,7 @@ def squared_norm(vector: torch.Tensor) -> float:
 
     (`vector_norm(dtype=float64)` would copy the whole vector.)
     """
-    return sum(float(torch.linalg.vector_norm(part)) ** 2 for part in vector.split(1 << 16))
+    return math.fsum(float(torch.linalg.vector_norm(part)) ** 2 for part in vector.split(1 << 16))
 
 
 def held_units(layout: Layout, *, clips: bool) -> list[Unit]:

@@ -1,7 +1,8 @@
 """The exit of the model with its loss, a few tokens and a tile of the vocabulary at a time.
 
-With one tile each token's logits are computed once. With several, a first sweep over the tiles keeps a running log-sum-exp
-per token (Milakov & Gimelshein 2018), a second computes the gradients; logits of more than `tokens x tile` never exist.
+With one tile each token's logits are computed once. With several, a first sweep over the tiles keeps a running
+log-sum-exp per token (Milakov & Gimelshein 2018), a second computes the gradients; logits of more than `tokens x
+tile` never exist.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Targets:
 
 @dataclass
 class Tile:
-    """Rows [first, last) of the head's table, bound for computing; `gradient` (rows, D) float32 receives their gradient."""
+    """Rows [first, last) of the head's table, bound for computing; `gradient` (rows, D) float32 receives their
+    gradient."""
 
     first: int
     last: int
@@ -110,13 +112,14 @@ class HeadLoss:
             values = logits.detach().float()
             if fold:
                 self._fold(part, values, tile)
-            # d loss / d logits = (softmax - one-hot) / count; a new tensor: the model's own ops may have saved the logits
+            # d loss / d logits = (softmax - one-hot) / count; a new tensor: the model's own ops may have saved the
+            # logits
             grad = torch.sub(values, self._lse[part, None].to(values.device)).exp_()
             token, column = (x.to(values.device) for x in self._inside(part, tile))
             grad[token, column] -= 1
             grad.mul_(1 / len(self.targets))
             grad = grad.to(logits.dtype)
-        logits.backward(grad)  # type: ignore[no-untyped-call]
+        logits.backward(grad)
         with torch.no_grad():
             assert hidden.grad is not None
             self.hidden_grad.index_add_(0, self.targets.index[part], hidden.grad[0].to(self.hidden_grad))
@@ -127,7 +130,7 @@ class HeadLoss:
                 else:
                     tile.gradient.add_(table_grad.T @ table_input)
                 if self.bias_grad is not None:
-                    self.bias_grad[tile.first : tile.last] += table_grad.float().sum(0).cpu()
+                    self.bias_grad[tile.first : tile.last] += table_grad.float().sum(0).to(self.bias_grad)
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from memopt.ledger import Lease, Ledger
-from memopt.offload.layout import Layout, Unit
+from memopt.offload.layout import Layout, Piece, Unit
 from memopt.optim_types import UpdateRule
 from memopt.plan_types import Residence
 from memopt.store.block_store import BlockStore
+from memopt.store.extents import CHUNK_BYTES
 from memopt.store.regions import Region
 from memopt.store.transfer import Transfer
 from memopt.tiers import Category, Tier
@@ -141,7 +142,8 @@ class Homes:
             fill_vectors(home.unit, home.weights, home.frozen, initial)
 
     def parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Whole parameters: trained ones in float32, frozen ones as stored. Copies where they come from SSD or tiles."""
+        """Whole parameters: trained ones in float32, frozen ones as stored. Copies where they come from SSD or
+        tiles."""
         wanted = set(names)
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for home in self._by_name.values():
@@ -149,15 +151,10 @@ class Homes:
                 (home.weights, weights_name(home.unit), home.unit.master_bytes, home.unit.trained),
                 (home.frozen, frozen_name(home.unit), home.unit.frozen_bytes, home.unit.frozen),
             ):
-                if not any(p.name in wanted for p in pieces):
-                    continue
-                if vector is None:
-                    home.settle()
-                    vector = Region(nbytes).tensor(torch.uint8, nbytes)
-                    self.store.read(name, as_bytes(vector)).wait()
                 for piece in pieces:
                     if piece.name in wanted:
-                        parts.setdefault(piece.name, []).append((piece.row, piece.of(vector)))
+                        value = piece.of(vector) if vector is not None else self._read_piece(home, name, nbytes, piece)
+                        parts.setdefault(piece.name, []).append((piece.row, value))
         return {
             name: found[0][1] if len(found) == 1 else torch.cat([t for _, t in sorted(found, key=lambda x: x[0])])
             for name, found in parts.items()
@@ -172,6 +169,15 @@ class Homes:
         for lease in self._leases:
             lease.release()
         self._regions, self._leases = [], []
+
+    def _read_piece(self, home: Home, name: str, nbytes: int, piece: Piece) -> torch.Tensor:
+        """One parameter from SSD, by whole chunks so that their checksums are compared."""
+        home.settle()
+        start = piece.offset_bytes // CHUNK_BYTES * CHUNK_BYTES
+        stop = min(-(-(piece.offset_bytes + piece.nbytes) // CHUNK_BYTES) * CHUNK_BYTES, nbytes)
+        region = Region(stop - start)
+        self.store.read(name, region.view[: stop - start], start).wait()
+        return replace(piece, offset_bytes=piece.offset_bytes - start).of(region.tensor(torch.uint8, stop - start))
 
     def _allocate(self, category: Category, nbytes: int, what: str) -> torch.Tensor:
         self._leases.append(self._ledger.charge(Tier.DRAM, category, nbytes, what))
@@ -197,4 +203,4 @@ def fill_vectors(
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data

@@ -1,9 +1,9 @@
 """How a model's parameters are cut into units: the lumps that are fetched, computed with and updated together.
 
-A unit is one decoder block, one tile of rows of the embedding or head table, or the small remainder (`rest`). Its trainable
-parameters form one flat float32 master vector, the ones with weight decay first, so that an update is a walk over the
-vector in chunks of `CHUNK` elements whatever the shapes are. Frozen parameters form a second byte vector in the dtype of
-the checkpoint.
+A unit is one decoder block, one tile of rows of the embedding or head table, or the small remainder (`rest`). Its
+trainable parameters form one flat float32 master vector, the ones with weight decay first, so that an update is a
+walk over the vector in chunks of `CHUNK` elements whatever the shapes are. Frozen parameters form a second byte
+vector in the dtype of the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from enum import StrEnum
 import torch
 
 CHUNK = 1 << 20
-"""Elements an update handles at a time: 4 MiB of weights. Part of the numerics of stochastic rounding, so it is fixed."""
+"""Elements an update handles at a time: 4 MiB of weights. Part of the numerics of stochastic rounding, so it is
+fixed."""
 
 PAGE = 4096
 MASTER_ITEMSIZE = 4
@@ -100,7 +101,8 @@ class Unit:
         return [(a, min(a + CHUNK, self.numel)) for a in range(0, self.numel, CHUNK)]
 
     def views(self, master: torch.Tensor | None, frozen: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Parameter name -> view of its piece in the unit's two vectors (float32 (numel,) and uint8 (frozen_bytes,))."""
+        """Parameter name -> view of its piece in the unit's two vectors (float32 (numel,) and uint8
+        (frozen_bytes,))."""
         out: dict[str, torch.Tensor] = {}
         for vector, pieces in ((master, self.trained), (frozen, self.frozen)):
             for piece in pieces:
@@ -123,7 +125,8 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """All units of a model, in the order a forward pass meets them: tables of the entry, blocks, tables of the exit, rest."""
+    """All units of a model, in the order a forward pass meets them: tables of the entry, blocks, tables of the exit,
+    rest."""
 
     embed: tuple[Unit, ...]
     blocks: tuple[Unit, ...]

@@ -39,10 +39,17 @@ class Entry:
 class LayeredModel(Protocol):
     """A causal language model handed over by a patch (memopt.patches.hf_model for Hugging Face)."""
 
-    module: nn.Module
-    blocks: Sequence[nn.Module]
-    embedding: nn.Embedding
-    head: nn.Linear
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def embedding(self) -> nn.Embedding: ...
+
+    @property
+    def head(self) -> nn.Linear: ...
 
     def enter(self, batch: Batch) -> Entry:
         """Embeddings, masks, rotary tables; differentiable when gradients are enabled."""
@@ -54,7 +61,8 @@ class LayeredModel(Protocol):
 class Binder:
     """Puts tensors into the modules that own a set of parameters, and takes them out again.
 
-    A parameter that is used by several modules is bound in each. Outside `bound` every parameter is its meta placeholder.
+    A parameter that is used by several modules is bound in each. Outside `bound` every parameter is its meta
+    placeholder.
     """
 
     def __init__(self, module: nn.Module):

@@ -1,4 +1,5 @@
-"""The input embedding with only the rows a step needs: gathered from DRAM or SSD, and differentiated as a compact table."""
+"""The input embedding with only the rows a step needs: gathered from DRAM or SSD, and differentiated as a compact
+table."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from memopt.offload.homes import Homes, frozen_name, gradient_name, weights_name
-from memopt.offload.layout import Unit
+from memopt.ledger import Ledger, Lease
+from memopt.offload.layout import Layout, Unit
 from memopt.store.block_store import BlockStore
 from memopt.store.regions import Region
+from memopt.tiers import Category, Tier
 from memopt.units import MiB
 
 _SECTOR = 4096
@@ -24,9 +27,10 @@ BOUNCE_BYTES = 8 * MiB
 class RowReader:
     """Gathers rows of a table that is cut into tiles. Owns one bounce buffer for unaligned reads."""
 
-    def __init__(self, homes: Homes):
-        self._homes = homes
+    def __init__(self, homes: Homes, ledger: Ledger):
+        self._homes, self._ledger = homes, ledger
         self._bounce: Region | None = None
+        self._lease: Lease | None = None
 
     def gather(self, tiles: tuple[Unit, ...], rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(U, D) of `dtype`: the given rows (sorted, of the whole table)."""
@@ -49,7 +53,8 @@ class RowReader:
         return out
 
     def gather_gradient(self, unit: Unit, rows: torch.Tensor) -> torch.Tensor:
-        """(U, D) float32: rows (counted in the whole table) of a tile's dense gradient, from DRAM or where it was spilled."""
+        """(U, D) float32: rows (counted in the whole table) of a tile's dense gradient, from DRAM or where it was
+        spilled."""
         home, local = self._homes[unit], rows - unit.rows[0]
         width = unit.trained[0].shape[1]
         if home.gradient is not None:
@@ -60,8 +65,9 @@ class RowReader:
 
     def close(self) -> None:
         """Give the bounce buffer back."""
-        if self._bounce is not None:
+        if self._bounce is not None and self._lease is not None:
             self._bounce.close()
+            self._lease.release()
             self._bounce = None
 
     def _read(self, store: BlockStore, name: str, unit: Unit, rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,7 +76,10 @@ class RowReader:
         row_bytes = width * dtype.itemsize
         limit = unit.master_bytes if unit.trained else unit.frozen_bytes
         if self._bounce is None or self._bounce.nbytes < 2 * row_bytes + 2 * _SECTOR:
-            self._bounce = Region(max(BOUNCE_BYTES, 2 * row_bytes + 2 * _SECTOR))
+            self.close()
+            nbytes = max(BOUNCE_BYTES, 2 * row_bytes + 2 * _SECTOR)
+            self._lease = self._ledger.charge(Tier.DRAM, Category.BUFFERS, nbytes, "bounce buffer of table rows")
+            self._bounce = Region(nbytes)
         batch: list[tuple[int, int, int, int]] = []  # first index, last index, file start, bounce start
         used = 0
         for lo, hi, start, stop in _runs(rows.tolist(), row_bytes, limit, self._bounce.nbytes):
@@ -95,7 +104,7 @@ class RowReader:
         assert self._bounce is not None
         view = self._bounce.view
         reads = []
-        for lo, hi, start, at in batch:
+        for _, hi, start, at in batch:
             length = _up(int(rows[hi - 1]) * row_bytes + row_bytes - start, _SECTOR)
             reads.append(store.read(name, view[at : at + length], start))
         for (lo, hi, start, at), read in zip(batch, reads, strict=True):
@@ -121,6 +130,17 @@ def _runs(rows: list[int], row_bytes: int, limit: int, longest: int) -> Iterator
         lo = hi
 
 
+def row_bytes(layout: Layout, tokens: int, dtype: torch.dtype) -> dict[Category, int]:
+    """Bytes of the table rows a step of `tokens` tokens looks up, and of their gradients (one pending, one growing)."""
+    tiles = layout.embed
+    piece = (tiles[0].trained or tiles[0].frozen)[0]
+    elements = min(tokens, tiles[-1].rows[1]) * piece.shape[1]
+    return {
+        Category.WEIGHTS: elements * dtype.itemsize,
+        Category.GRADIENTS: 2 * elements * 4 if tiles[0].trained else 0,
+    }
+
+
 class CompactEmbedding:
     """An nn.Embedding that holds only some rows: token ids are mapped to positions among them on the way in."""
 
@@ -142,13 +162,13 @@ class CompactEmbedding:
         if padding is not None:
             at = int(torch.searchsorted(self._rows, padding))
             present = at < len(self._rows) and int(self._rows[at]) == padding
-            module.padding_idx = at if present else None  # type: ignore[assignment]
+            module.padding_idx = at if present else None
         try:
             yield
         finally:
             handle.remove()
             module._parameters["weight"] = before
-            module.padding_idx = padding  # type: ignore[assignment]
+            module.padding_idx = padding
 
 
 def _up(n: int, multiple: int) -> int:

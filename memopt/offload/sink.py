@@ -1,4 +1,5 @@
-"""Where a unit's gradient is accumulated: a held vector in DRAM or a slot, filled by autograd parameter by parameter."""
+"""Where a unit's gradient is accumulated: a held vector in DRAM or a slot, filled by autograd parameter by
+parameter."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from memopt.store.buffers import Buffer
 class GradientSink:
     """The float32 gradient vector of one unit. Accumulates on the computing device.
 
-    Nothing is cleared beforehand: the first gradient of a parameter overwrites, later ones add (clearing and adding would
-    move 12 bytes more per parameter). `finish` clears what no gradient reached, padding included.
+    Nothing is cleared beforehand: the first gradient of a parameter overwrites, later ones add (clearing and adding
+    would move 12 bytes more per parameter). `finish` clears what no gradient reached, padding included.
     """
 
     def __init__(self, home: Home, slot: Buffer | None, device: torch.device):

@@ -92,11 +92,15 @@ class StepRun:
             self._entry()
             self._forward()
             loss, tile = self._exit_forward()
-            engine.end_pending()
+            if math.isfinite(loss) or engine.settings.skip_nonfinite:
+                engine.end_pending()  # otherwise what stays saved is the last state whose loss was seen to be finite
             if math.isfinite(loss):
                 if terms is not None:
                     self._announce(terms)
                 self._exit_backward(tile, terms)
+                if terms is not None:
+                    # only now: a tied table's gradient is spilled by the exit, and must not be read ahead of that
+                    engine.updater.expect(self._late_updates)
                 self._backward(terms)
                 self._entry_backward()
                 self._finish(terms)
@@ -204,7 +208,7 @@ class StepRun:
                     leaf = self._micro(hidden, span).detach().requires_grad_()
                     out = self._run(engine.model.blocks[index], index, micro, leaf)
                     grad = self._micro(acts.gradient, span)
-                    out.backward(grad)  # type: ignore[no-untyped-call]
+                    out.backward(grad)
                     assert leaf.grad is not None
                     acts.gradient[span.start : span.stop] = leaf.grad.flatten(0, 1).to(acts.gradient.device)
                     del leaf, out, grad
@@ -230,7 +234,7 @@ class StepRun:
             for index, (micro, span) in enumerate(zip(self._batch, self._spans, strict=True)):
                 self._seed(_ENTRY, index)
                 hidden = engine.model.enter(micro).hidden
-                hidden.backward(self._micro(engine.activations.gradient, span))  # type: ignore[no-untyped-call]
+                hidden.backward(self._micro(engine.activations.gradient, span))
         if trained:
             self._row_gradient = RowGradient(self._rows, values.cpu())
 
@@ -290,7 +294,7 @@ class StepRun:
                         spilled=layout.tied and unit.kind == UnitKind.EMBED and home.gradient is None,
                     )
                 )
-        engine.announce([*now, *self._late_updates])
+        engine.announce(now)
 
     def _late_squares(self) -> list[float]:
         """Squares of the gradients that `_complete` has not seen: rest, embedding rows, and their overlap when tied."""
@@ -412,7 +416,8 @@ class StepRun:
         return up + [Stay(u, again=u.index == len(tiles) - 1) for u in reversed(tiles)]
 
     def _seed(self, index: int, micro: int) -> None:
-        """Random numbers depend on where we are, not on what ran before: the recomputation sees what the forward saw."""
+        """Random numbers depend on where we are, not on what ran before: the recomputation sees what the forward
+        saw."""
         key = (self._engine.settings.seed, self._number, index, micro)
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little"))
 

@@ -27,7 +27,8 @@ class Stay:
     update: Update | None = None
     """Apply this pending update as soon as the weights have arrived."""
     keep: bool = False
-    """The computation comes by a second time soon: do not give the slot back in between (the last unit of a forward)."""
+    """The computation comes by a second time soon: do not give the slot back in between (the last unit of a
+    forward)."""
     again: bool = False
     """The second visit of a unit that was kept."""
 

@@ -1,4 +1,5 @@
-"""What one block costs in activations, found by running it on fake tensors: shapes are followed, nothing is computed."""
+"""What one block costs in activations, found by running it on fake tensors: shapes are followed, nothing is
+computed."""
 
 from __future__ import annotations
 
@@ -60,8 +61,9 @@ def returns_tuple(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> bo
 def trace_block(block: nn.Module, hidden: torch.Tensor, call: BlockCall, dtype: torch.dtype) -> BlockTrace:
     """Follow one forward without gradients and one recomputation with backward.
 
-    hidden: (B, S, D) of the micro-batch (its values do not matter). Where an operator has no shape rule for `dtype`, the
-    trace is made in bfloat16 and scaled. Raises whatever the block raises when it needs values fake tensors do not have.
+    hidden: (B, S, D) of the micro-batch (its values do not matter). Where an operator has no shape rule for `dtype`,
+    the trace is made in bfloat16 and scaled. Raises whatever the block raises when it needs values fake tensors do
+    not have.
     """
     try:
         return _trace(block, hidden, call, dtype)
@@ -83,7 +85,7 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall, dtype: torch
                 p.register_post_accumulate_grad_hook(_drop_grad)
         gradient = torch.empty_like(entry)
         with _Live() as live:
-            first(run(entry.requires_grad_())).backward(gradient)  # type: ignore[no-untyped-call]
+            first(run(entry.requires_grad_())).backward(gradient)
         return BlockTrace(forward_bytes=forward, backward_bytes=live.peak)
 
 
@@ -91,7 +93,7 @@ class _Live(TorchDispatchMode):
     """Counts the bytes of storages that operations made and that are still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: dict[int, Any] = {}
 
@@ -117,7 +119,7 @@ class _Live(TorchDispatchMode):
 
 
 def _storage_key(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """The optimizer's own thread: walks a unit's vectors chunk by chunk, reading ahead what lives on SSD, writing behind.
 
-While the main thread computes the next block, this thread updates the last one. Reads run ahead of it by as many chunks as
-the ring has buffers, across the border of one unit and the next.
+While the main thread computes the next block, this thread updates the last one. Reads run ahead of it by as many
+chunks as the ring has buffers, across the border of one unit and the next.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Updater:
         self._writes: list[Transfer] = []
 
     def expect(self, updates: Sequence[Update]) -> None:
-        """Announce the next updates, so that their vectors can be read ahead; `submit` each when its gradient is there."""
+        """Announce the next updates, so that their vectors can be read ahead; `submit` each when its gradient is
+        there."""
 
         def announce() -> None:
             for update in updates:
@@ -91,7 +92,7 @@ class Updater:
                     self._expected.extend((update, a, b) for a, b in update.home.unit.chunks())
             self._read_ahead()
 
-        self._thread.run(announce)
+        self.run(announce)
 
     def submit(self, update: Update) -> None:
         """The gradient of an announced update is complete: run it when its turn comes."""

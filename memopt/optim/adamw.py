@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter 2019, algorithm 2) on a chunk of a flat vector, with its two moments in one byte record.
 
-The record of a chunk of n elements is [first moment (n) | second moment (n)], float32 or bfloat16, so that one read and one
-write move the whole state of a chunk.
+The record of a chunk of n elements is [first moment (n) | second moment (n)], float32 or bfloat16, so that one read
+and one write move the whole state of a chunk.
 """
 
 from __future__ import annotations

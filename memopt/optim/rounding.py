@@ -1,7 +1,8 @@
 """Stochastic rounding of float32 to bfloat16, reproducible from (seed, step, tensor, position) alone.
 
-Adam's second moment moves by a factor of 1 - beta2 = 0.001 a step, less than half a bfloat16 ulp (2^-9): with rounding to
-nearest it would stand still. Rounding up with a probability equal to the fraction cut off keeps it right on average.
+Adam's second moment moves by a factor of 1 - beta2 = 0.001 a step, less than half a bfloat16 ulp (2^-9): with
+rounding to nearest it would stand still. Rounding up with a probability equal to the fraction cut off keeps it right
+on average.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _LANES = 16
 def random_lanes(numel: int, *, seed: int, step: int, tensor: int, position: int) -> torch.Tensor:
     """(numel,) int32 in [0, 65536): the random bits of elements `position`... of a tensor, however it is cut.
 
-    `position` must be a multiple of 16. The generator is counter-based (Philox4x64, Salmon et al. 2011): no state is kept.
+    `position` must be a multiple of 16. The generator is counter-based (Philox4x64, Salmon et al. 2011): no state is
+    kept.
     """
     if position % _LANES:
         raise ValueError(f"position must be a multiple of {_LANES}, got {position}")

@@ -234,7 +234,8 @@ def _check_ssd(job: FinetuneJob, layout: Layout, choice: Choice, budget: Budget,
             Tier.SSD,
             budget.ssd_bytes,
             need,
-            "Two versions of weights and moments make the run crash-safe; --optim-state-dtype bfloat16 needs a third less.",
+            "Two versions of weights and moments make the run crash-safe; --optim-state-dtype "
+            "bfloat16 needs a third less.",
         )
 
 
@@ -259,7 +260,10 @@ def _reasons(
         (u.master_bytes + job.sizes.rule.record_bytes(u.numel) + u.master_bytes) for u in layout.units if u.trained
     )
     dram = predicted[Tier.DRAM].total_bytes
-    yield f"training state (weights, gradients, optimizer) is {format_bytes(state)}; the plan needs {format_bytes(dram)} of DRAM"
+    yield (
+        f"training state (weights, gradients, optimizer) is {format_bytes(state)}; the plan needs "
+        f"{format_bytes(dram)} of DRAM"
+    )
     if not on_ssd:
         yield "everything fits in DRAM: no step reads from the SSD"
     else:
@@ -268,11 +272,19 @@ def _reasons(
             resident = sum(getattr(choice.residence[u.name], what) == Tier.DRAM for u in names)
             yield f"{what}: {resident} of {len(names)} units live in DRAM, the others on SSD"
     if choice.activation_layers_on_ssd:
-        yield f"boundary activations of {choice.activation_layers_on_ssd} of {len(layout.blocks)} layers go to SSD: the budget is tight"
+        yield (
+            f"boundary activations of {choice.activation_layers_on_ssd} of {len(layout.blocks)} layers go "
+            f"to SSD: the budget is tight"
+        )
     if len(layout.head) > 1:
-        yield f"the vocabulary is cut into {len(layout.head)} tiles so that it does not set the peak; the head is computed twice"
+        yield (
+            f"the vocabulary is cut into {len(layout.head)} tiles so that it does not set the peak; the "
+            f"head is computed twice"
+        )
     if job.sizes.clips:
-        yield "clipping needs the global norm first: gradients are held and each update rides on the next step's forward"
+        yield (
+            "clipping needs the global norm first: gradients are held and each update rides on the next step's forward"
+        )
     else:
         yield "no clipping: each unit is updated as soon as its gradient is complete"
     yield f"saved every {save_every} step{'s' if save_every > 1 else ''}" + (

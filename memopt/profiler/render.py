@@ -135,6 +135,8 @@ def _ssd_facts(ssd: SsdUse) -> Iterator[str]:
 
 def _results(results: dict[str, object]) -> Iterator[str]:
     for name, value in results.items():
+        if value is None or isinstance(value, dict) or value == []:
+            continue  # nested data (the plan) is for the JSON
         if isinstance(value, list) and len(value) > 2 * _LOSSES_SHOWN:
             ends = [*map(_short, value[:_LOSSES_SHOWN]), "...", *map(_short, value[-_LOSSES_SHOWN:])]
             yield f"{name}: {', '.join(ends)} ({len(value)} values)"

@@ -128,4 +128,4 @@ def _unregister(address: int) -> None:
 
 
 def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()
