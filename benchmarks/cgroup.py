@@ -23,8 +23,8 @@ class NotPermitted(Exception):
 class KernelCount:
     """What the kernel counted in a group, page cache and kernel memory included. None: this kernel does not say.
 
-    `limit_hits`: times an allocation met the limit and pages were reclaimed (file pages first). `oom_kills`: processes
-    killed because that was not enough: with none of them, the limit held.
+    `limit_hits`: times the limit was met and pages were reclaimed, file pages first (v1 of Linux 6.18 says 0, even
+    after a kill). `oom_kills`: processes killed because that was not enough: with none of them, the limit held.
     """
 
     limit_bytes: int

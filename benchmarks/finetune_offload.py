@@ -287,8 +287,8 @@ def _kernel_text(result: dict[str, Any]) -> str:
         return f"no cgroup ({result.get('kernel_skipped') or 'not asked for'})"
     peak = "unknown" if kernel["peak_bytes"] is None else format_bytes(kernel["peak_bytes"])
     return (
-        f"the kernel's peak {peak} of {format_bytes(kernel['limit_bytes'])}, page cache included; limit met "
-        f"{kernel['limit_hits']} times, {kernel['oom_kills']} kills"
+        f"the kernel's peak {peak} of {format_bytes(kernel['limit_bytes'])}, page cache included; "
+        f"{kernel['oom_kills']} kills"
     )
 
 
@@ -314,7 +314,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dram", help="memopt's budget (1GiB), or `smallest`")
     parser.add_argument("--cgroup", default="auto", help="limit of the kernel: a size, auto (5/4 of --dram), none")
     parser.add_argument("--probe-bytes", help="file size of the raw measurement, default 512MiB")
-    parser.add_argument("--dir", help="where to work, on the SSD to measure; default: here. Needs 30 B/parameter")
+    parser.add_argument("--dir", help="where to work, on the SSD to measure; default: here. Needs 32 B/parameter")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-plain", action="store_true")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -119,8 +120,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['steps']} x {row['tokens_per_step']}",
         number(before["held_out"], 4),
         number(after["held_out"], 4),
-        number(2.718281828459045 ** before["held_out"], 1),
-        number(2.718281828459045 ** after["held_out"], 1),
+        number(math.exp(before["held_out"]), 1),
+        number(math.exp(after["held_out"]), 1),
         number(own[0], 4),
         number(own[-1], 4),
         number(before.get("validation"), 4),
@@ -162,8 +163,8 @@ def _write(texts: list[tuple[str, str]], work: Path, most_bytes: int) -> dict[st
     """One file per document under `train` and `held-out`, and all that is held out in one; (files, characters) each."""
     sizes = {"train": (0, 0), "held-out": (0, 0)}
     held_out = []
-    for number_, (digest, text) in enumerate(texts):
-        part = "held-out" if number_ % _HELD_OUT_ONE_IN == 0 else "train"
+    for index, (digest, text) in enumerate(texts):
+        part = "held-out" if index % _HELD_OUT_ONE_IN == 0 else "train"
         files, characters = sizes[part]
         if sum(total for _, total in sizes.values()) + len(text) > most_bytes:
             break

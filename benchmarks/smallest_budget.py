@@ -73,7 +73,8 @@ def _measure(args: argparse.Namespace, work: Path, layers: int) -> dict[str, Any
     settings = synthetic.settings(
         model, work / "run", clip=not args.no_clip, lr=1e-4, seed=args.seed, init="random", device="cpu"
     )
-    stated, tried = 0, []
+    stated = 0
+    tried: list[int] = []
     for _ in range(_TRIES):
         say(f"{layers} layers: asking for the smallest budget")
         stated = max(stated, run_child("smallest", {"settings": settings, "batches": tokens})["smallest_bytes"])
@@ -132,7 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--no-clip", action="store_true")
     parser.add_argument("--margin", type=lambda text: parse_bytes(text, field="--margin"), default="128MiB")
-    parser.add_argument("--dir", help="where to work, on an SSD; default: here. Needs 30 B/parameter")
+    parser.add_argument("--dir", help="where to work, on an SSD; default: here. Needs 32 B/parameter")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     args = parser.parse_args()

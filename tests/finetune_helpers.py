@@ -296,6 +296,7 @@ def mortal(call: int) -> None:
                 left[0] -= 1
                 dead = left[0] == 0
             if dead:
+                os.write(2, f"died in {name}".encode())
                 if name == "pwritev":
                     fd, views, offset = args
                     real(fd, [views[0][: len(views[0]) // 2 // 4096 * 4096]], offset)

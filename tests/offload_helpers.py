@@ -112,7 +112,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {**_COMMON, "pad_token_id": 0}),
     "glm4": ("glm4", {**_COMMON, "head_dim": 16, "pad_token_id": 0}),
     "qwen3_moe": ("qwen3_moe", {**_COMMON, **_QWEN_MOE}),
-    "deepseek_v3": ("deepseek_v3", {**_COMMON, **_MLA, **_ROUTED, "moe_intermediate_size": 32}),
+    "deepseek_v3": ("deepseek_v3", {**_COMMON, "num_key_value_heads": 4, **_MLA, **_ROUTED, "moe_intermediate_size": 32}),
 }
 
 

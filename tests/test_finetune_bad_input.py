@@ -214,12 +214,11 @@ def mounted(tmp_path: Path) -> Iterator[Mount]:
         places.append(place)
         return place
 
-    try:
-        mount.__doc__ = None
-        yield mount
-    finally:
-        for place in places:
-            subprocess.run(["umount", place], check=True)
+    yield mount
+    busy = [place for place in places if subprocess.run(["umount", place], capture_output=True, check=False).returncode]
+    for place in busy:
+        subprocess.run(["umount", "--lazy", place], check=True)
+    assert not busy, "a run left files open"
 
 
 @pytest.mark.parametrize("room", ["16k", "300k"])
@@ -322,7 +321,7 @@ def test_a_flipped_byte_of_a_weight(
     else:
         code, said = run_line(capfd, "export", held, "--output", tmp_path / "out", "--quiet")
     assert code == 2 and said.count("\n") == 1
-    assert "checksum" in said and re.search(r"block.?1", said) and re.search(r"(offset|byte) \d+", said), said
+    assert "checksum" in said and re.search(r"block.?1", said) and re.search(r"bytes at \d+ of \S+weights.bin", said), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 

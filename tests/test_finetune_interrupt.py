@@ -38,6 +38,7 @@ def test_killed_at_twenty_random_moments(tiny: Tiny, forks: Forks, tmp_path: Pat
     losses = {row["step"]: row["loss"] for row in rows_of(undisturbed / "log.jsonl")}
     draw = random.Random(20)
     log, last = killed / "log.jsonl", None
+    died_in = set()
     for life in range(KILLS):
         before = lines(log)
         more = ["--resume"] if life else []
@@ -51,12 +52,14 @@ def test_killed_at_twenty_random_moments(tiny: Tiny, forks: Forks, tmp_path: Pat
                 pass
             child.kill()
         assert child.wait() == -signal.SIGKILL, child.said
+        died_in.add(child.said.partition("died in ")[2])
         new = rows_of(log)[before:]
         if new and last is not None:
             # nothing that was saved is done again, and nothing is left out
             assert last["saved_step"] < new[0]["step"] <= last["step"] + 1
         assert all(row["loss"] == losses[row["step"]] for row in new)
         last = new[-1] if new else last
+    assert {"pwritev", "fdatasync"} < died_in
     assert last is not None and 10 < last["step"] < STEPS
     finish(forks.start(*arguments(tiny, killed, STEPS, "--resume"), where="mix"))
     assert rows_of(log)[-1]["step"] == STEPS

@@ -55,7 +55,6 @@ def sizes(this: Setup) -> JobSizes:
         clips=this.clip_norm > 0,
         tokens=this.max_tokens,
         width=this.subject.width,
-        vocabulary=this.subject.vocabulary,
         compute_dtype=this.compute_dtype,
         on_gpu=False,
         forward_bytes=0,

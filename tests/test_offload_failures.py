@@ -16,6 +16,7 @@ from memopt.store.errors import StoreCorrupt
 from memopt.store.transfer import Hook, IoPool, Piece, RandomAccessFile, Transfer
 from tests.offload_helpers import (
     IN_DRAM,
+    WHOLE,
     Setup,
     Steps,
     Subject,
@@ -55,9 +56,19 @@ def state_of(this: Setup) -> dict[str, torch.Tensor]:
 # -- abandoned runs
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize(("clip", "save_every"), [(0.0, 1), (0.0, 3), (0.05, 1), (0.05, 3)])
+@pytest.mark.parametrize(
+    ("family", "where", "clip", "save_every"),
+    [
+        ("llama", "ssd", 0.05, 1),
+        ("llama", "mixed", 0.05, 3),
+        ("llama", "dram", 0.0, 3),
+        ("llama", "mixed", 0.0, 1),
+        ("llama_tied", "ssd", 0.0, 3),
+        ("llama_tied", "mixed", 0.05, 1),
+        ("llama_tied", "dram", 0.05, 3),
+        ("llama_tied", "mixed", 0.0, 3),
+    ],
+)
 def test_an_abandoned_run_goes_on_from_its_last_save(
     family: str, where: str, clip: float, save_every: int, tmp_path: Path
 ) -> None:
@@ -71,7 +82,7 @@ def test_an_abandoned_run_goes_on_from_its_last_save(
 
     whole = train(at("whole"), steps, save_every=save_every)
     saved: set[int] = set()
-    for crashed_after in (2, 3, 4, 6):
+    for crashed_after in (2, 4, 6):
         this = at(f"crash {crashed_after}")
         with opened(this) as open_:
             run_steps(open_.engine, steps[:crashed_after], save_every=save_every)
@@ -93,7 +104,7 @@ def test_an_abandoned_run_goes_on_from_its_last_save(
     assert len(saved) >= 2
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("where", ["ssd", "mixed"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("moment", ["forward", "backward"])
 def test_a_crash_inside_a_step_loses_that_step_only(moment: str, clip: float, where: str, tmp_path: Path) -> None:
@@ -157,6 +168,7 @@ def test_a_step_that_was_not_to_be_saved_is_saved_at_the_end(tmp_path: Path) -> 
     this = setup(model, tmp_path, steps, clip_norm=0.05, residence=WHERE["mixed"])
     with opened(this) as at:
         run_steps(at.engine, steps, save_every=2)
+        at.engine.flush()  # applies the third update, for which the save of the second has to be over
         assert at.engine.saved_step == 2
         at.engine.save()
         assert at.engine.saved_step == 3
@@ -170,10 +182,10 @@ def test_a_step_that_was_not_to_be_saved_is_saved_at_the_end(tmp_path: Path) -> 
 # -- broken numbers
 
 
-def poisoned(value: float) -> Subject:
-    """Token 2 has this embedding. Batches do not contain it unless a test puts it there."""
+def poisoned() -> Subject:
+    """Token 2 has an embedding of NaN. Batches do not contain it unless a test puts it there."""
     model = Subject(config_of("llama"))
-    model.initial["model.embed_tokens.weight"][2] = value
+    model.initial["model.embed_tokens.weight"][2] = float("nan")
     return model
 
 
@@ -187,12 +199,10 @@ def with_poison(steps: Steps, at: Sequence[int]) -> Steps:
     return out
 
 
-# a NaN shows in the loss; 1e30 is normalised away in the loss (RMSNorm) and shows in the gradients only
-@pytest.mark.parametrize(("value", "clip"), [(float("nan"), 0.0), (float("nan"), 0.05), (1e30, 0.05)])
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("tile_rows", [10**9, 50])
-def test_a_step_that_is_not_finite(value: float, clip: float, where: str, tile_rows: int, tmp_path: Path) -> None:
-    model = poisoned(value)
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize(("where", "tile_rows"), [("ssd", WHOLE), ("mixed", 50), ("dram", 50)])
+def test_a_loss_that_is_not_finite(clip: float, where: str, tile_rows: int, tmp_path: Path) -> None:
+    model = poisoned()
     clean = batches(model.vocabulary, 5)
     steps = with_poison(clean, [2])
     choice: dict[str, Any] = {"clip_norm": clip, "residence": WHERE[where], "tile_rows": tile_rows}
@@ -202,9 +212,13 @@ def test_a_step_that_is_not_finite(value: float, clip: float, where: str, tile_r
         run_steps(at.engine, steps[:2], save_every=1)
         with pytest.raises(NonFinite, match="step 3.*last saved"):
             at.engine.step(steps[2], lr=1e-4, save=True)
-    expected = train(setup(model, tmp_path / "two", steps, **choice), steps[:2])
+        with pytest.raises(MemoptError, match="step 3 was not finite"):
+            at.engine.save()
+    # an update that was still waiting is kept only once a loss has been seen with it
+    kept_steps = 1 if clip else 2
+    expected = train(setup(model, tmp_path / "kept", steps, **choice), steps[:kept_steps])
     with opened(strict) as at:
-        assert at.engine.progress.step == 2
+        assert at.engine.progress.step == kept_steps
     drop_poison(expected.weights, kept := state_of(strict))
     assert_same(kept, expected.weights)
 
@@ -221,11 +235,55 @@ def test_a_step_that_is_not_finite(value: float, clip: float, where: str, tile_r
 
 
 def drop_poison(*weights: dict[str, torch.Tensor]) -> None:
-    """NaN is not equal to itself, and decay makes the row shrink."""
+    """NaN is not equal to itself."""
     for some in weights:
-        assert not some["model.embed_tokens.weight"][2].abs().le(1e20).any()
+        assert not some["model.embed_tokens.weight"][2].isfinite().any()
         some["model.embed_tokens.weight"][2] = 0
         assert all(t.isfinite().all() for t in some.values())
+
+
+class exploding:
+    """Within it the gradient that leaves the model's middle block is infinite; the loss is what it was."""
+
+    def __init__(self, model: Subject):
+        self._block = model.layered.blocks[1]
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        def before(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            if args[0].requires_grad:
+                args[0].register_hook(lambda grad: grad * float("inf"))
+
+        self._handle = self._block.register_forward_pre_hook(before)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_gradient_that_is_not_finite(family: str, tmp_path: Path) -> None:
+    model = subject(family)
+    steps = batches(model.vocabulary, 4)
+
+    def at(name: str, **more: Any) -> Setup:
+        return setup(model, tmp_path / name, steps, clip_norm=0.05, residence=WHERE["mixed"], **more)
+
+    with opened(at("strict")) as open_:
+        run_steps(open_.engine, steps[:2], save_every=1)
+        with exploding(model), pytest.raises(NonFinite, match="step 3: the loss is [0-9.]+ and the gradient norm"):
+            open_.engine.step(steps[2], lr=1e-4, save=True)
+    assert_same(state_of(at("strict")), train(at("two"), steps[:2]).weights)
+
+    this = at("lenient", skip_nonfinite=True)
+    with opened(this) as open_:
+        run_steps(open_.engine, steps[:2], save_every=1)
+        with exploding(model):
+            result = open_.engine.step(steps[2], lr=1e-4, save=True)
+        assert result.skipped and result.loss > 0
+        run_steps(open_.engine, steps, save_every=1)
+        open_.engine.save()
+        got = weights_of(this, open_)
+    assert_same(got, train(at("without"), [*steps[:2], steps[3]]).weights)
 
 
 # -- bad batches

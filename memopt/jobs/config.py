@@ -281,7 +281,7 @@ def _check_budgets(config: FinetuneConfig) -> None:
     for name, remedy in remedies.items():
         value = getattr(config, name)
         # the capacity stands in for a machine not looked at yet: only the syntax and the sign are checked here
-        if value is not None and parse_bytes(value, 2**60, field=name) == 0:
+        if value is not None and (str(value).strip() == "0" or parse_bytes(value, 2**60, field=name) == 0):
             raise BadInput(f"{name} = {value!r}: a budget of nothing; {remedy}")
     if config.ssd_endurance is not None:
         _endurance_bytes(config.ssd_endurance)

@@ -9,6 +9,7 @@ import torch
 
 from memopt.errors import BadInput
 from memopt.jobs.config import FinetuneConfig
+from memopt.jobs.model_layout import layout_digest
 from memopt.jobs.opened_model import open_model
 from memopt.jobs.output_dir import check_output, replace_output
 from memopt.jobs.progress import Progress
@@ -21,7 +22,8 @@ from memopt.store.transfer import IoPool
 def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quiet: bool = False) -> int:
     """Write the state of the last save in `offload_dir` to `output`; the step it is of.
 
-    Raises StoreMissing, StoreLocked (a run is using it), BadInput when nothing was saved yet.
+    Raises StoreMissing, StoreLocked (a run is using it), BadInput when nothing was saved yet or the model that the run
+    began with is not where it was.
     """
     from memopt.jobs.tokenizing import load_tokenizer
 
@@ -33,7 +35,7 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
         raise BadInput(f"{offload_dir}: nothing was saved yet; start it again with `memopt finetune ... --resume`")
     config = FinetuneConfig.of(**{k: v for k, v in about["config"].items() if v is not None})
     source = saved["fingerprint"]["model"]  # an absolute path, wherever the export is started from
-    if source == "demo":
+    if config.model == "demo":
         source = os.fspath(offload_dir / "demo-model")
         config = config.with_changes(init="random")
     try:
@@ -43,6 +45,8 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
     dtype = getattr(torch, saved["compute"][1].removeprefix("torch."))
     model = open_model(config, source, dtype, tokenizer=tokenizer)
     layout = model.layout(int(saved["plan"]["tile_rows"]))
+    if layout_digest(layout) != saved["layout"]:
+        raise BadInput(f"{source} is not the model that this run began with (other parameters); put that one back")
     total = sum(u.master_bytes + u.frozen_bytes for u in layout.units)
     with IoPool() as pool, BlockStore.open(directory.state, pool, writable=False) as store:
         with Progress(quiet=quiet) as progress, progress.work("writing the model", total) as work:

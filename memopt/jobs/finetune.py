@@ -23,6 +23,7 @@ from memopt.jobs.progress import Progress, StepRecord
 from memopt.jobs.resume import claimed, refuse_or_resume, require_same_run
 from memopt.jobs.run_dir import RunDirectory
 from memopt.jobs.schedule import lr_at
+from memopt.jobs.steps import PackedSteps
 from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.offload.engine import Engine, EngineSettings
@@ -72,6 +73,9 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memopt-")))
         with session.phase("prepare"):
             prepared = prepare_job(config, directory, batches, progress, work)
+            for steps in (prepared.steps, prepared.eval_steps):
+                if isinstance(steps, PackedSteps):
+                    stack.callback(steps.dataset.close)
             kept = saved["plan"] if saved else None
             prepared, plan = prepared.settle_plan(directory is not None, kept)
         run = _Run(prepared, plan, directory, session, progress, over, [*notes, *prepared.notes], saved)

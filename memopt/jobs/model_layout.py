@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 import torch
@@ -41,3 +43,9 @@ def model_layout(model: LayeredModel, *, decay: set[str], dtypes: Mapping[str, t
         rest=[spec(n) for n in binder.names if n not in seen],
         tile_rows=tile_rows,
     )
+
+
+def layout_digest(layout: Layout) -> str:
+    """Equal for equal names, shapes, stored types and decay groups of all parameters, and equal units."""
+    pieces = [(p.name, p.shape, str(p.dtype), p.decay) for u in layout.units for p in (*u.trained, *u.frozen)]
+    return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=12).hexdigest()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import inspect
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.data import BatchOrder, TokenDataset, prepare
 from memopt.jobs.data_sources import source_bytes
 from memopt.jobs.model_costs import ModelCosts, model_costs
+from memopt.jobs.model_layout import layout_digest
 from memopt.jobs.opened_model import OpenedModel, open_model
 from memopt.jobs.progress import Progress
 from memopt.jobs.run_dir import RunDirectory
@@ -30,6 +29,7 @@ from memopt.offload.heap import settle_heap, trim_heap
 from memopt.offload.layout import Layout
 from memopt.offload.model import Batch
 from memopt.optim.adamw import AdamW
+from memopt.patches.hf_checkpoint import load_config
 from memopt.plan_types import Infeasible, Plan
 from memopt.planning.finetune import FinetuneJob, plan_finetune
 from memopt.profiler.samplers import process_memory
@@ -92,12 +92,11 @@ class Prepared:
 
     def identity(self, layout: Layout) -> dict[str, Any]:
         """What a resumed run must share with the one that was interrupted."""
-        pieces = [(p.name, p.shape, str(p.dtype), p.decay) for u in layout.units for p in (*u.trained, *u.frozen)]
         return {
             "fingerprint": self.config.fingerprint(),
             "data": self.steps.identity(),
             "steps": self.steps.total,
-            "layout": hashlib.blake2b(json.dumps(pieces).encode(), digest_size=12).hexdigest(),
+            "layout": layout_digest(layout),
             "compute": [self.compute.device.type, str(self.compute.dtype)],
         }
 
@@ -152,6 +151,7 @@ def prepare_job(
     settle_heap()
     compute = choose_compute(config)
     source, data, config = _sources(config, work)
+    load_config(source, weights=config.init == "pretrained")  # what is wrong with the model is said before its tokenizer
     tokenizer = _tokenizer(source, required=batches is None)
     model = open_model(config, source, compute.dtype, tokenizer=tokenizer)
     notes = [*model.notes, compute.reason]

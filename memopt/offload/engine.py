@@ -29,7 +29,7 @@ from memopt.plan_types import Plan
 from memopt.store.block_store import BlockStore
 from memopt.store.buffers import BufferPool
 from memopt.store.transfer import Transfer
-from memopt.tiers import Category
+from memopt.tiers import Category, Tier
 
 
 class NonFinite(MemoptError):
@@ -181,9 +181,10 @@ class Engine:
         finite = math.isfinite(loss) and (norm is None or math.isfinite(norm))
         seen = self.progress.step + 1
         if not finite and not self.settings.skip_nonfinite:
+            self._broken = f"step {seen} was not finite"  # its forward has applied the update before, uncommitted
             raise NonFinite(
                 f"step {seen}: the loss is {loss}"
-                + (f" and the gradient norm {norm}" if norm is not None else "")
+                + (f" and the gradient norm {norm}" if math.isfinite(loss) else "")
                 + "; stopped, the last saved state is intact (--skip-nonfinite goes on without such steps; "
                 "a lower --lr or more --warmup-steps often helps)"
             )
@@ -312,6 +313,7 @@ class Engine:
 
         def commit() -> None:
             try:
+                self.updater.require_sound()  # a unit that was left out would not be missed by the store
                 store.commit(meta).then(lambda done: ticket.complete(done.error))
             except BaseException as error:
                 ticket.complete(error)

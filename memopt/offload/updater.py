@@ -126,6 +126,10 @@ class Updater:
         self._thread.run(collect).wait()
         for write in written:
             write.wait()
+        self.require_sound()
+
+    def require_sound(self) -> None:
+        """Raise what went wrong in any update so far: units are then of different steps."""
         if self._failed is not None:
             raise self._failed
 

@@ -217,14 +217,13 @@ def _infeasible(job: FinetuneJob, budget: Budget) -> Infeasible:
     need = memory(job.sizes, job.layout_of(smallest[0]), smallest[1])
     dram, gpu = (sum(need[t].values()) for t in (Tier.DRAM, Tier.GPU))
     knobs = "Other knobs: a smaller --seq-len, --batch-size or --grad-accum"
-    if budget.gpu_bytes is not None and gpu > budget.gpu_bytes:
+    if budget.gpu_bytes is not None and (gpu > budget.gpu_bytes or budget.dram_bytes is None):
         return Infeasible(Tier.GPU, budget.gpu_bytes, gpu, f"{knobs}, --dtype bfloat16, or --device cpu.")
     largest = sorted(need[Tier.DRAM].items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{category} {format_bytes(n)}" for category, n in largest)
     if not job.offload:
         knobs = "Give an --offload-dir on an SSD to need far less. " + knobs
-    assert budget.dram_bytes is not None
-    return Infeasible(Tier.DRAM, budget.dram_bytes, dram, f"It needs {parts}. {knobs}.")
+    return Infeasible(Tier.DRAM, budget.dram_bytes or 0, dram, f"It needs {parts}. {knobs}.")
 
 
 def _check_ssd(job: FinetuneJob, layout: Layout, choice: Choice, budget: Budget, machine: Machine) -> None:
