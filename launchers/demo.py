@@ -57,7 +57,8 @@ def demo(
     losses = report.results["losses"]
     first, last = (sum(part) / _COMPARED for part in (losses[:_COMPARED], losses[-_COMPARED:]))
     typer.echo(
-        f"loss {first:.3f} -> {last:.3f} (means of {_COMPARED} steps); training state {state / budget:.1f} times the budget; "
+        f"loss {first:.3f} -> {last:.3f} (means of {_COMPARED} steps); training state "
+        f"{state / budget:.1f} times the budget; "
         f"within budget: {'yes' if report.verdict == 'within' else 'no'}"
     )
     if report.verdict != "within" or last >= first or state < 3 * budget:

@@ -48,9 +48,8 @@ class HFLayeredModel:
         """Run the model up to its last block and record how every block is called."""
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         run = _ProbeRun(self, stop_after_last=True)
-        with self._probed(run.probes):
-            with suppress(_BlocksDone):
-                self.module(**inputs, use_cache=False)
+        with self._probed(run.probes), suppress(_BlocksDone):
+            self.module(**inputs, use_cache=False)
         if len(run.calls) != len(self.blocks):
             raise BadInput(
                 f"{self._name}: its forward called {len(run.calls)} of {len(self.blocks)} blocks; "

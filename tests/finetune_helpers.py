@@ -113,8 +113,8 @@ def placed(where: str) -> Iterator[None]:
     make the planner tell the tiers apart.
     """
     from memopt.jobs import preparation
-    from memopt.planning.finetune import plan_finetune
     from memopt.plan_types import Residence
+    from memopt.planning.finetune import plan_finetune
     from memopt.tiers import Tier
 
     def moved(job: Any, budget: Any, machine: Any) -> Any:

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from memopt.budget import Budget
 from memopt.jobs.model_layout import model_layout
 from memopt.ledger import Ledger
-from memopt.offload.engine import Engine, EngineSettings, Progress, StepResult, held_units
+from memopt.offload.engine import Engine, EngineSettings, Progress, StepResult
+from memopt.offload.gradients import held_units
 from memopt.offload.layout import Layout, Unit
 from memopt.offload.storage import create_scratch, create_state, fill_state, read_parameters, scratch_specs
 from memopt.optim.adamw import AdamW

@@ -29,9 +29,10 @@ def refused(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Sa
 
     def call(*more: object, code: int = 2) -> str:
         before = {str(p) for p in tmp_path.rglob("*")}
-        good = {"--model": tiny.model(), "--data": tiny.text, "--offload-dir": tmp_path / "run", "--output": tmp_path / "out"}
-        flags = {**good, "--seq-len": 32, "--max-steps": 2, **dict(zip(more[::2], more[1::2], strict=True))}
-        got, said = run_line(capfd, "finetune", "--quiet", *[x for pair in flags.items() for x in pair if x is not None])
+        good = {"--model": tiny.model(), "--data": tiny.text}
+        places = {"--offload-dir": tmp_path / "run", "--output": tmp_path / "out"}
+        flags = {**good, **places, "--seq-len": 32, "--max-steps": 2, **dict(zip(more[::2], more[1::2], strict=True))}
+        got, said = run_line(capfd, "finetune", "--quiet", *[x for pair in flags.items() for x in pair])
         assert got == code, said
         assert said.startswith("memopt: ") and said.count("\n") == 1, said
         assert {str(p) for p in tmp_path.rglob("*")} == before
@@ -321,7 +322,7 @@ def test_a_flipped_byte_of_a_weight(
     else:
         code, said = run_line(capfd, "export", held, "--output", tmp_path / "out", "--quiet")
     assert code == 2 and said.count("\n") == 1
-    assert "checksum" in said and re.search(r"block.?1", said) and re.search(r"bytes at \d+ of \S+weights.bin", said), said
+    assert re.search(r"'block\.1\.weights'.* bytes at \d+ of \S+weights.bin .*checksum", said), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -345,9 +346,7 @@ def test_a_truncated_or_missing_file(tiny: Tiny, held: Path, capfd: pytest.Captu
 
 
 @pytest.mark.parametrize("marker", ["memopt-run.json", "state/memopt-store.json"])
-def test_a_directory_of_another_memopt(
-    tiny: Tiny, held: Path, capfd: pytest.CaptureFixture[str], marker: str
-) -> None:
+def test_a_directory_of_another_memopt(tiny: Tiny, held: Path, capfd: pytest.CaptureFixture[str], marker: str) -> None:
     about = json.loads((held / marker).read_text())
     (held / marker).write_text(json.dumps({**about, "format": 99, "memopt": "7.3.1"}))
     for more in ((), ("--resume",)):

@@ -17,9 +17,9 @@ STEPS = 70
 
 def arguments(tiny: Tiny, at: Path, steps: int, *more: object, kind: str = "llama") -> list[object]:
     return [
-        "finetune", "--model", tiny.model(kind), "--data", tiny.text, "--offload-dir", at / "run", "--output", at / "out",
-        "--log-file", at / "log.jsonl", "--seq-len", 32, "--max-steps", steps, "--lr", 1e-3, "--quiet", "--save-every", 1,
-        *more,
+        "finetune", "--model", tiny.model(kind), "--data", tiny.text, "--offload-dir", at / "run",
+        "--output", at / "out", "--log-file", at / "log.jsonl", "--seq-len", 32, "--max-steps", steps, "--lr", 1e-3,
+        "--quiet", "--save-every", 1, *more,
     ]  # fmt: skip
 
 

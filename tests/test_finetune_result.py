@@ -1,4 +1,4 @@
-"""Whole runs against the plain loop in memory: the same losses, the same weights, a directory that transformers loads."""
+"""Whole runs against the plain loop in memory: the same losses, the same weights, a directory transformers loads."""
 
 from __future__ import annotations
 
@@ -91,7 +91,6 @@ def test_the_run_is_that_of_the_plain_loop(trained: Any) -> None:
     run, report = trained
     steps = steps_of(run)
     batches = [steps.batch(s) for s in range(steps.total)]
-    assert any((micro["position_ids"][:, 1:] == 0).any() for step in batches for micro in step) or len(steps.dataset) > 1
     losses, reference = plain_loop(run, batches)
     assert report.results["losses"] == pytest.approx(losses, rel=1e-5)
     assert_close(AutoModelForCausalLM.from_pretrained(run.output), reference)
@@ -103,7 +102,8 @@ def test_the_report_tells_the_run(trained: Any) -> None:
     losses = results["losses"]
     assert results["steps"] == len(losses) == 12 and results["final_loss"] == losses[-1]
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
-    assert results["tokens"] == sum(int((m["labels"][:, 1:] != -100).sum()) for s in range(12) for m in steps_of(run).batch(s))
+    micros = [micro for step in range(12) for micro in steps_of(run).batch(step)]
+    assert results["tokens"] == sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in micros)
     model = AutoModelForCausalLM.from_pretrained(run.model)
     assert results["parameters"] == model.num_parameters()
     # weights, gradient and two moments, padded a little

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memopt.offload.costs import Choice, JobSizes, Traffic, memory, scratch_bytes, traffic
+from memopt.offload.engine import Engine
 from memopt.offload.layout import CHUNK, Layout
 from memopt.offload.storage import state_bytes
 from memopt.optim.adamw import AdamW
@@ -79,18 +80,21 @@ def choice(this: Setup) -> Choice:
 
 
 def measured(this: Setup, steps: Steps, *, save_every: int = 1) -> Traffic:
-    """Bytes per step in the steady state: the first step is not counted, the last one's update is.
+    """Bytes per step in the steady state. A clipped step ends when its gradients are held and the update of the step
+    before is written; an unclipped one is followed by a flush, which waits for its own."""
 
-    Between the two flushes lie as many updates as steps, of which the riding ones read no weights of their own.
-    """
+    def settle(engine: Engine) -> None:
+        if not engine.clips:
+            engine.flush()
+
     with opened(this) as at:
         engine = at.engine
         engine.step(steps[0], lr=1e-4, save=save_every == 1)
-        engine.updater.drain()
+        settle(engine)
         read, written = at.pool.read_bytes, at.pool.written_bytes
         for index, micros in enumerate(steps[1:], start=2):
             engine.step(micros, lr=1e-4, save=index % save_every == 0)
-        engine.updater.drain()
+        settle(engine)
         count = len(steps) - 1
         return Traffic((at.pool.read_bytes - read) // count, (at.pool.written_bytes - written) // count)
 

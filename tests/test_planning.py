@@ -116,7 +116,8 @@ def test_what_fits_needs_no_ssd() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_budget_is_kept_and_used(kind: str) -> None:
-    """From the smallest to the whole in steps: the prediction stays below, the traffic never grows by much."""
+    """From the smallest to the whole in steps: the prediction stays below, the traffic falls. (More buffers and whole
+    tables come before placement, so that a little more memory may cost a few percent of traffic.)"""
     job = job_of(**KINDS[kind])
     smallest, whole = smallest_dram_bytes(job), plan(job, None).predicted[Tier.DRAM].total_bytes
     traffic = []
@@ -127,7 +128,7 @@ def test_every_budget_is_kept_and_used(kind: str) -> None:
         assert p.reasons and all(p.reasons)
         assert p.residence["rest"].weights == Tier.DRAM
         traffic.append(p.ssd_read_per_step_bytes + p.ssd_write_per_step_bytes)
-    assert traffic == sorted(traffic, reverse=True)
+    assert all(later <= 1.05 * min(traffic[: i + 1]) for i, later in enumerate(traffic))
     assert traffic[0] > 5 * traffic[-1]
 
 
@@ -282,3 +283,9 @@ def test_the_smallest_budget_of_real_models_does_not_depend_on_depth() -> None:
 
 def test_residence_of_nothing_said_is_ssd() -> None:
     assert Residence() == Residence(weights=Tier.SSD, moments=Tier.SSD, gradient=Tier.SSD)
+
+
+def test_a_tiny_model_needs_less_without_streaming() -> None:
+    """The ring alone is larger than the whole training state."""
+    job = job_of(layers=2, width=64, vocabulary=500)
+    assert on_ssd(plan(job, smallest_dram_bytes(job))) == {Tier.DRAM}

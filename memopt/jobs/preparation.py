@@ -151,7 +151,8 @@ def prepare_job(
     settle_heap()
     compute = choose_compute(config)
     source, data, config = _sources(config, work)
-    load_config(source, weights=config.init == "pretrained")  # what is wrong with the model is said before its tokenizer
+    # what is wrong with the model is said before what is wrong with its tokenizer
+    load_config(source, weights=config.init == "pretrained")
     tokenizer = _tokenizer(source, required=batches is None)
     model = open_model(config, source, compute.dtype, tokenizer=tokenizer)
     notes = [*model.notes, compute.reason]

@@ -101,5 +101,5 @@ class GivenSteps:
             for micro in step:
                 for name in sorted(micro):
                     digest.update(f"{name} {tuple(micro[name].shape)} {micro[name].dtype} ".encode())
-                    digest.update(micro[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+                    digest.update(micro[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -1,7 +1,8 @@
 """Keeping glibc's heap from holding on to memory that was freed.
 
-By default malloc raises its mmap threshold to the largest block freed so far (up to 32 MiB): from then on blocks of that size
-come out of the heap, where the holes they leave are kept. In a comparable run that was 42 % of the resident memory.
+By default malloc raises its mmap threshold to the largest block freed so far (up to 32 MiB): from then on blocks of
+that size come out of the heap, where the holes they leave are kept. In a comparable run that was 42 % of the
+resident memory.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memopt.ledger import Lease, Ledger
 from memopt.offload.homes import Homes, frozen_name, gradient_name, weights_name
-from memopt.ledger import Ledger, Lease
 from memopt.offload.layout import Layout, Unit
 from memopt.store.block_store import BlockStore
 from memopt.store.regions import Region

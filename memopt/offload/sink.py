@@ -3,14 +3,20 @@ parameter."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from memopt.offload.homes import Home
-from memopt.offload.layout import Piece
-from memopt.store.buffers import Buffer
+from memopt.ledger import Ledger
+from memopt.offload.gradients import squared_norm
+from memopt.offload.homes import Home, Homes, as_bytes, gradient_name
+from memopt.offload.layout import Piece, Unit, UnitKind
+from memopt.offload.updater import Updater
+from memopt.plan_types import Plan
+from memopt.store.buffers import Buffer, BufferPool
+from memopt.tiers import Category
 
 
 class GradientSink:
@@ -75,3 +81,52 @@ class GradientSink:
             param.grad = None  # one parameter's gradient is alive at a time, not a unit's
 
         return take
+
+
+class SinkPool:
+    """Gradient memory: slots for units whose gradient is not held in DRAM, one size for blocks and one for tables."""
+
+    def __init__(self, homes: Homes, updater: Updater, plan: Plan, ledger: Ledger, device: torch.device):
+        self._homes, self._updater, self._device = homes, updater, device
+        layout, pin = homes.layout, device.type == "cuda"
+        self._pools: dict[UnitKind, BufferPool] = {}
+        self.waited_s = 0.0
+        head_kind = layout.head[0].kind
+        for kind, units, count in (
+            (UnitKind.BLOCK, layout.blocks, plan.gradient_slots),
+            (head_kind, layout.head, plan.head_gradient_slots),
+        ):
+            nbytes = max((u.master_bytes for u in units if homes[u].gradient is None), default=0)
+            if nbytes:
+                self._pools[kind] = BufferPool(nbytes, count, ledger, Category.GRADIENTS, f"{kind} gradient slots", pin)
+
+    def open(self, unit: Unit) -> GradientSink:
+        """A sink for a unit's gradient; waits for a slot."""
+        home = self._homes[unit]
+        start = time.perf_counter()
+        slot = None if home.gradient is not None else self._pools[unit.kind].acquire(who=unit.name)
+        self.waited_s += time.perf_counter() - start
+        return GradientSink(home, slot, self._device)
+
+    def spill(self, sink: GradientSink) -> list[float]:
+        """Hold a complete gradient for later: its sum of squares, and its bytes on SSD if it has no home in DRAM.
+
+        Done in the update thread: the sum is in the list after the next `Updater.drain`.
+        """
+        squares: list[float] = []
+
+        def work() -> None:
+            squares.append(squared_norm(sink.vector))
+            if sink.home.gradient is None:
+                name = gradient_name(sink.home.unit)
+                write = self._homes.spill.write(name, as_bytes(sink.vector))
+                write.then(lambda _: sink.release())
+                self._updater.track(write)
+
+        self._updater.run(work)
+        return squares
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for pool in self._pools.values():
+            pool.close()

@@ -63,7 +63,8 @@ def plan_finetune(job: FinetuneJob, budget: Budget, machine: Machine) -> Plan:
     state_on_ssd = any(Tier.SSD in (r.weights, r.moments) for r in choice.residence.values())
     save_every = job.save_every or (1 if state_on_ssd else SAVE_EVERY_IN_DRAM)
     moved = traffic(job.sizes, layout, choice, save_every)
-    _check_ssd(job, layout, choice, budget, machine)
+    if job.offload:
+        _check_ssd(job, layout, choice, budget, machine)
     predicted = {t: Prediction(by_category=c) for t, c in memory(job.sizes, layout, choice).items() if c}
     kept = job.kept or {}
     return Plan(
@@ -91,22 +92,32 @@ def plan_finetune(job: FinetuneJob, budget: Budget, machine: Machine) -> Plan:
 
 def smallest_dram_bytes(job: FinetuneJob) -> int:
     """DRAM of the most frugal plan."""
-    return min(_dram(job, *candidate) for candidate in _frugal(job))
+    return min(_dram(job, *candidate) for candidate in _least(job))
 
 
 def _resident(job: FinetuneJob, budget: Budget) -> tuple[int, Choice] | None:
     """Everything in DRAM, if that fits."""
     for tile_rows in _tiles(job, largest_first=True):
-        layout = job.layout_of(tile_rows)
-        everything = Residence(weights=Tier.DRAM, moments=Tier.DRAM, gradient=Tier.DRAM)
-        choice = Choice(
-            residence={u.name: everything for u in layout.units}, loss_tokens=_loss_tokens(job)[0], gradient_slots=2
-        )
+        choice = _everything(job, tile_rows)
         for tokens in reversed(_loss_tokens(job)):
             grown = replace(choice, loss_tokens=tokens)
             if _fits(job, tile_rows, grown, budget):
                 return tile_rows, grown
     return None
+
+
+def _everything(job: FinetuneJob, tile_rows: int) -> Choice:
+    in_dram = Residence(weights=Tier.DRAM, moments=Tier.DRAM, gradient=Tier.DRAM)
+    residence = {u.name: in_dram for u in job.layout_of(tile_rows).units}
+    return Choice(residence=residence, loss_tokens=_loss_tokens(job)[0], gradient_slots=2)
+
+
+def _least(job: FinetuneJob) -> Iterator[tuple[int, Choice]]:
+    """What the smallest budget is looked for among; a very small model needs less than the buffers of streaming."""
+    for tile_rows in _tiles(job, largest_first=True):
+        yield tile_rows, _everything(job, tile_rows)
+    if job.offload:
+        yield from _frugal(job)
 
 
 def _streaming(job: FinetuneJob, budget: Budget) -> tuple[int, Choice] | None:
@@ -208,12 +219,7 @@ def _head_slots(layout: Layout) -> int:
 
 
 def _infeasible(job: FinetuneJob, budget: Budget) -> Infeasible:
-    smallest = min(_frugal(job), key=lambda c: _dram(job, *c)) if job.offload else None
-    if smallest is None:
-        layout = job.layout_of(job.rows)
-        everything = Residence(weights=Tier.DRAM, moments=Tier.DRAM, gradient=Tier.DRAM)
-        choice = Choice(residence={u.name: everything for u in layout.units}, loss_tokens=_loss_tokens(job)[0])
-        smallest = (job.rows, choice)
+    smallest = min(_least(job), key=lambda c: _dram(job, *c))
     need = memory(job.sizes, job.layout_of(smallest[0]), smallest[1])
     dram, gpu = (sum(need[t].values()) for t in (Tier.DRAM, Tier.GPU))
     knobs = "Other knobs: a smaller --seq-len, --batch-size or --grad-accum"

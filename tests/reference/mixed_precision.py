@@ -1,4 +1,5 @@
-"""The obvious mixed-precision loop: bfloat16 copies of float32 masters, fresh every step; gradients added up in float32."""
+"""The obvious mixed-precision loop: bfloat16 copies of float32 masters, fresh every step; gradients added up in
+float32."""
 
 from __future__ import annotations
 
