@@ -1,8 +1,8 @@
 """Hugging Face causal language models as the engine sees them: entry, blocks, exit.
 
 The model keeps driving its own entry and exit. Its blocks are replaced for the length of a call by probes that
-record how each block is called; the engine then calls the real blocks itself. No model code is known here, only the conventions every
-transformers causal LM follows: `_no_split_modules`, `get_input_embeddings`, `get_output_embeddings`.
+record how each block is called; the engine then calls the real blocks itself. No model code is known here, only the
+conventions every transformers causal LM follows: `_no_split_modules`, `get_input_embeddings`, `get_output_embeddings`.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from memopt.budget import Budget
 from memopt.errors import BadInput, Interrupted, OverBudget
 from memopt.jobs.config import FinetuneConfig
+from memopt.jobs.limits import find_limits
 from memopt.jobs.output_dir import check_output, replace_output
 from memopt.jobs.preparation import Prepared, prepare_job
 from memopt.jobs.progress import Progress, StepRecord
@@ -25,7 +25,6 @@ from memopt.jobs.run_dir import RunDirectory
 from memopt.jobs.schedule import lr_at
 from memopt.jobs.steps import PackedSteps
 from memopt.ledger import Ledger
-from memopt.machine import Machine
 from memopt.offload.engine import Engine, EngineSettings
 from memopt.offload.engine import Progress as Done
 from memopt.offload.gradients import held_units
@@ -62,8 +61,8 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         saved = refuse_or_resume(config, directory, notes)
         watch = [directory.path] if directory else []
         over = threading.Event()
-        budget_limit = _limit(config)
-        session = Session(watch=watch, limit_bytes=budget_limit, on_over=lambda now, limit: over.set())
+        limits = find_limits(config, directory.path if directory else None)
+        session = Session(watch=watch, limit_bytes=limits.budget.dram_bytes, on_over=lambda now, limit: over.set())
         stack.enter_context(session)
         log_file = None if config.dry_run else config.log_file
         progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file))
@@ -72,7 +71,7 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memopt-")))
         with session.phase("prepare"):
-            prepared = prepare_job(config, directory, batches, progress, work)
+            prepared = prepare_job(config, limits, batches, progress, work)
             for steps in (prepared.steps, prepared.eval_steps):
                 if isinstance(steps, PackedSteps):
                     stack.callback(steps.dataset.close)
@@ -84,10 +83,6 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         if config.dry_run:
             return run.report(0, {"dry_run": True})
         return run.train()
-
-
-def _limit(config: FinetuneConfig) -> int | None:
-    return Budget.of(dram=config.dram, machine=Machine.capacities()).dram_bytes
 
 
 @dataclass
@@ -111,7 +106,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.config = self.prepared.config
         self.layout: Layout = self.prepared.model.layout(self.plan.tile_rows)
-        self.ledger = Ledger(self.prepared.budget)
+        self.ledger = Ledger(self.prepared.limits.budget)
         predicted = self.plan.predicted[Tier.DRAM].by_category
         self.ledger.charge(Tier.DRAM, Category.RUNTIME, predicted[Category.RUNTIME], "interpreter and libraries")
         self.pool = IoPool(self.plan.io_workers)
@@ -187,7 +182,7 @@ class _Run:
             busy_s=self.pool.busy_s,
             waited_s=self.engine_waited_s,
         )
-        report = assemble(measured, self.ledger, self.prepared.machine, story, io if self.directory else None)
+        report = assemble(measured, self.ledger, self.prepared.limits.machine, story, io if self.directory else None)
         if config.report:
             report.save(config.report)
         return report
@@ -212,7 +207,7 @@ class _Run:
             held_units(self.layout, clips=self.config.max_grad_norm > 0),
             tokens=prepared.steps.max_tokens,
             width=prepared.costs.width,
-            dtype=prepared.compute.dtype,
+            dtype=prepared.limits.compute.dtype,
         )
         self.directory.forget(self.directory.scratch)
         scratch = create_scratch(self.directory.scratch, specs, self.pool)
@@ -228,8 +223,8 @@ class _Run:
     def _engine(self, store: BlockStore | None, scratch: BlockStore | None) -> Engine:
         prepared = self.prepared
         settings = EngineSettings(
-            device=prepared.compute.device,
-            compute_dtype=prepared.compute.dtype,
+            device=prepared.limits.compute.device,
+            compute_dtype=prepared.limits.compute.dtype,
             clip_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             width=prepared.costs.width,

@@ -24,7 +24,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The machine a run is planned for and what it may use of it. What is not asked for is all there is, less a reserve."""
+    """The machine a run is planned for and what it may use of it. Unasked: all there is, less a reserve."""
 
     compute: Compute
     machine: Machine

@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 
-from memopt.budget import Budget
 from memopt.errors import BadInput
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.data import BatchOrder, TokenDataset, prepare
 from memopt.jobs.data_sources import source_bytes
+from memopt.jobs.limits import Limits
 from memopt.jobs.model_costs import ModelCosts, model_costs
 from memopt.jobs.model_layout import layout_digest
 from memopt.jobs.opened_model import OpenedModel, open_model
 from memopt.jobs.progress import Progress
-from memopt.jobs.run_dir import RunDirectory
 from memopt.jobs.steps import GivenSteps, PackedSteps, Steps
-from memopt.machine import Machine
 from memopt.offload.costs import JobSizes
 from memopt.offload.heap import settle_heap, trim_heap
 from memopt.offload.layout import Layout
@@ -41,15 +39,6 @@ Measured on 20M to 400M parameter models: 20 to 45 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
-    """Where and in what the blocks are computed, and why."""
-
-    device: torch.device
-    dtype: torch.dtype
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """All that is known before memory is taken."""
 
@@ -58,17 +47,15 @@ class Prepared:
     steps: Steps
     eval_steps: PackedSteps | None
     tokenizer: Any
-    compute: Compute
+    limits: Limits
     rule: AdamW
     costs: ModelCosts
-    machine: Machine
-    budget: Budget
     notes: tuple[str, ...]
 
     def settle_plan(self, offload: bool, kept: dict[str, Any] | None) -> tuple[Prepared, Plan]:
         """Plan; with `--batch-size auto` the micro-batch is the largest divisor of the step that fits."""
         if self.config.batch_size != "auto":
-            return self, plan_finetune(self._job(offload, kept), self.budget, self.machine)
+            return self, plan_finetune(self._job(offload, kept), self.limits.budget, self.limits.machine)
         assert isinstance(self.steps, PackedSteps)
         sequences = self.config.grad_accum
         sizes = [b for b in range(sequences, 0, -1) if sequences % b == 0]
@@ -77,10 +64,12 @@ class Prepared:
         for size in sizes:
             order = replace(self.steps.order, batch_size=size, grad_accum=sequences // size)
             steps = PackedSteps(self.steps.dataset, order, self.steps.packed_positions)
-            costs = model_costs(self.model.layered, self.model.layout(10**9), steps.largest(), self.compute.dtype)
+            costs = model_costs(
+                self.model.layered, self.model.layout(10**9), steps.largest(), self.limits.compute.dtype
+            )
             tried = replace(self, steps=steps, costs=costs)
             try:
-                return tried, plan_finetune(tried._job(offload, kept), self.budget, self.machine)
+                return tried, plan_finetune(tried._job(offload, kept), self.limits.budget, self.limits.machine)
             except Infeasible:
                 if size == sizes[-1]:
                     raise
@@ -97,7 +86,7 @@ class Prepared:
             "data": self.steps.identity(),
             "steps": self.steps.total,
             "layout": layout_digest(layout),
-            "compute": [self.compute.device.type, str(self.compute.dtype)],
+            "compute": [self.limits.compute.device.type, str(self.limits.compute.dtype)],
         }
 
     def _job(self, offload: bool, kept: dict[str, Any] | None) -> FinetuneJob:
@@ -111,8 +100,8 @@ class Prepared:
             clips=self.config.max_grad_norm > 0,
             tokens=self.steps.max_tokens,
             width=self.costs.width,
-            compute_dtype=self.compute.dtype,
-            on_gpu=self.compute.device.type == "cuda",
+            compute_dtype=self.limits.compute.dtype,
+            on_gpu=self.limits.compute.device.type == "cuda",
             forward_bytes=self.costs.forward_bytes,
             backward_bytes=self.costs.backward_bytes,
             calls_bytes=self.costs.calls_bytes * micro_batches,
@@ -142,14 +131,14 @@ class Prepared:
 
 def prepare_job(
     config: FinetuneConfig,
-    directory: RunDirectory | None,
+    limits: Limits,
     batches: Iterable[Sequence[Batch]] | None,
     progress: Progress,
     work: Path,
 ) -> Prepared:
-    """Open model and data, choose the device, measure one micro-batch. `work`: where packed data may be written."""
+    """Open model and data, measure one micro-batch. `work`: where packed data may be written."""
     settle_heap()
-    compute = choose_compute(config)
+    compute = limits.compute
     source, data, config = _sources(config, work)
     # what is wrong with the model is said before what is wrong with its tokenizer
     load_config(source, weights=config.init == "pretrained")
@@ -192,11 +181,6 @@ def prepare_job(
         )
     if costs.estimated:
         notes.append("one kind of block cannot be followed without values: its activations are estimated, generously")
-    machine = (
-        Machine.load(config.machine) if config.machine else Machine.capacities(directory.path if directory else None)
-    )
-    if config.ssd_endurance_bytes is not None:
-        machine = replace(machine, ssd_endurance_bytes=config.ssd_endurance_bytes)
     rule = AdamW(
         beta1=config.beta1,
         beta2=config.beta2,
@@ -212,46 +196,10 @@ def prepare_job(
         steps=steps,
         eval_steps=eval_steps,
         tokenizer=tokenizer,
-        compute=compute,
+        limits=limits,
         rule=rule,
         costs=costs,
-        machine=machine,
-        budget=_budget(config, machine, compute),
         notes=tuple(notes),
-    )
-
-
-def choose_compute(config: FinetuneConfig) -> Compute:
-    """Device and dtype: what the hardware does well."""
-    cuda = torch.cuda.is_available()
-    if config.device.startswith("cuda") and not cuda:
-        raise BadInput(f"device = {config.device!r}: this PyTorch sees no CUDA device; use --device cpu")
-    name = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
-    device = torch.device(name)
-    if config.dtype != "auto":
-        dtype = getattr(torch, config.dtype)
-        return Compute(device=device, dtype=dtype, reason=f"computing on {device} in {config.dtype}, as asked")
-    if device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-        return Compute(
-            device=device, dtype=dtype, reason=f"computing on {device} in {str(dtype)[6:]}: what its matrix units do"
-        )
-    return Compute(
-        device=device,
-        dtype=torch.float32,
-        reason="computing on cpu in float32: bfloat16 matrix products are slower on most CPUs (up to 25 times)",
-    )
-
-
-def _budget(config: FinetuneConfig, machine: Machine, compute: Compute) -> Budget:
-    asked = Budget.of(gpu=config.gpu, dram=config.dram, ssd=config.ssd, machine=machine)
-    if config.gpu is not None and compute.device.type != "cuda":
-        raise BadInput(f"gpu = {config.gpu!r}: the run computes on {compute.device}; leave --gpu out")
-    whole = Budget.from_machine(machine)
-    return Budget(
-        gpu_bytes=asked.gpu_bytes or (whole.gpu_bytes if compute.device.type == "cuda" else None),
-        dram_bytes=asked.dram_bytes or whole.dram_bytes,
-        ssd_bytes=asked.ssd_bytes,
     )
 
 
