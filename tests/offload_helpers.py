@@ -113,7 +113,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {**_COMMON, "pad_token_id": 0}),
     "glm4": ("glm4", {**_COMMON, "head_dim": 16, "pad_token_id": 0}),
     "qwen3_moe": ("qwen3_moe", {**_COMMON, **_QWEN_MOE}),
-    "deepseek_v3": ("deepseek_v3", {**_COMMON, "num_key_value_heads": 4, **_MLA, **_ROUTED, "moe_intermediate_size": 32}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**_COMMON, "num_key_value_heads": 4, **_MLA, **_ROUTED, "moe_intermediate_size": 32},
+    ),
 }
 
 
@@ -136,7 +139,7 @@ def config_of(family: str, **changes: Any) -> Any:
 
 
 def in_memory_model(config: Any, seed: int = 0) -> Any:
-    """The plain transformers model, biases and norms drawn too (most initialise them to constants that hide mistakes)."""
+    """The plain transformers model, biases and norms drawn too (as constants they would hide mistakes)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

@@ -128,7 +128,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_traffic_is_what_was_predicted(name: str, kind: str, tmp_path: Path, request: Any) -> None:
     model = request.getfixturevalue(kind)
-    steps = whole_vocabulary(model.vocabulary, 3)
+    steps = whole_vocabulary(model.vocabulary, 2)
     this = setup(model, tmp_path, steps, loss_tokens=256, **CASES[name])
     predicted = traffic(sizes(this), this.layout, choice(this), 1)
     got = measured(this, steps)
@@ -185,7 +185,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", MEMORY)
 def test_the_ledger_is_charged_what_was_predicted(name: str, kind: str, tmp_path: Path, request: Any) -> None:
     model = request.getfixturevalue(kind)
-    steps = batches(model.vocabulary, 2, accum=2, shapes=((2, 64),))
+    steps = batches(model.vocabulary, 2, accum=2, shapes=((1, 48),))
     this = setup(model, tmp_path, steps, **MEMORY[name])
     predicted = memory(sizes(this), this.layout, choice(this))[Tier.DRAM]
     with opened(this) as at:

@@ -28,18 +28,17 @@ from tests.offload_helpers import (
     train,
 )
 
-FAMILIES = ("llama", "llama_tied")
-CLIPS = (0.0, 0.05)
+RUNS = (("llama", 0.05), ("llama_tied", 0.0), ("llama_tied", 0.05))
 LAYERS = 3
 
 
 def data() -> Steps:
-    return batches(128, 4, accum=2, pad="left", shapes=((2, 16), (1, 24)))
+    return batches(128, 3, accum=2, pad="left", shapes=((2, 16), (1, 24)))
 
 
-@pytest.fixture(scope="module", params=[(f, c) for f in FAMILIES for c in CLIPS], ids=lambda p: f"{p[0]}-clip{p[1]}")
+@pytest.fixture(scope="module", params=RUNS, ids=lambda p: f"{p[0]}-clip{p[1]}")
 def reference(request: Any) -> tuple[str, float, Trained]:
-    """The same four steps with everything in DRAM and no store at all."""
+    """The same three steps with everything in DRAM and no store at all."""
     family, clip = request.param
     torch.set_num_threads(1)
     this = setup(subject(family), None, data(), clip_norm=clip, residence=lambda layout: everywhere(layout, IN_DRAM))
@@ -61,7 +60,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     },
     "scattered 3": {"residence": lambda layout: scattered(layout, 3), "activation_layers_on_ssd": 2},
     # nothing of the blocks passes the ring, so that the read-ahead comes to the tables at once
-    "tables on SSD": {"residence": lambda layout: everywhere(layout, IN_DRAM) | {u.name: ON_SSD for u in layout.tables}},
+    "tables on SSD": {
+        "residence": lambda layout: everywhere(layout, IN_DRAM) | {u.name: ON_SSD for u in layout.tables}
+    },
     "one ring buffer, activations on SSD": {"ring_buffers": 1, "activation_layers_on_ssd": LAYERS},
     "SSD, many slots": {"block_slots": LAYERS, "gradient_slots": LAYERS, "ring_buffers": 8, "save_every": 3},
 }
@@ -78,7 +79,7 @@ def test_placement_changes_no_bit(name: str, reference: tuple[str, float, Traine
     assert_same(got.weights, expected.weights)
 
 
-@pytest.mark.parametrize("tile_rows", [127, 50, 7])
+@pytest.mark.parametrize("tile_rows", [127, 20])
 def test_tiles_change_only_roundings(tile_rows: int, reference: tuple[str, float, Trained], tmp_path: Path) -> None:
     family, clip, expected = reference
     this = setup(subject(family), tmp_path, data(), clip_norm=clip, tile_rows=tile_rows)
@@ -111,18 +112,16 @@ def test_tiles_placed_apart_change_no_bit_among_themselves(tmp_path: Path) -> No
         assert_same(other.weights, runs[0].weights)
 
 
-def test_tokens_of_the_loss_change_only_roundings(reference: tuple[str, float, Trained]) -> None:
-    family, clip, expected = reference
-    for tokens in (1, 7, 1000):
+def test_tokens_of_the_loss_change_only_roundings() -> None:
+    def run(tokens: int) -> Trained:
         this = setup(
-            subject(family),
-            None,
-            data(),
-            clip_norm=clip,
-            loss_tokens=tokens,
-            residence=lambda layout: everywhere(layout, IN_DRAM),
+            subject("llama"), None, data(), loss_tokens=tokens, residence=lambda layout: everywhere(layout, IN_DRAM)
         )
-        assert distance(train(this, data()).weights, expected.weights).relative <= 1e-7
+        return train(this, data())
+
+    expected = run(61)
+    for tokens in (3, 1000):
+        assert distance(run(tokens).weights, expected.weights).relative <= 1e-7
 
 
 def test_what_lives_in_dram_is_not_read_in_a_step(tmp_path: Path) -> None:

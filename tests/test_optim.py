@@ -26,9 +26,7 @@ def run(rule: AdamW, cuts: list[int], *, steps: int = 5, decay_numel: int = 0, t
     for step in range(1, steps + 1):
         for a, b, record in zip(edges, edges[1:], records, strict=False):
             key = ChunkKey(step=step, tensor=tensor, position=a)
-            rule.update_(
-                weights[a:b], drawn(step)[a:b].clone(), record, decay_numel=decay_numel - a, lr=1e-2, key=key
-            )
+            rule.update_(weights[a:b], drawn(step)[a:b].clone(), record, decay_numel=decay_numel - a, lr=1e-2, key=key)
     moments = [record.view(rule.state_dtype).view(2, -1).float() for record in records]
     return torch.cat([weights, *(torch.cat([m[i] for m in moments]) for i in range(2))])
 

@@ -255,9 +255,7 @@ def test_the_smallest_budget_does_not_depend_on_depth(kind: str) -> None:
 
 def test_the_smallest_budget_of_real_models_does_not_depend_on_depth() -> None:
     def smallest(layers: int) -> int:
-        config = config_of(
-            "llama", hidden_size=256, intermediate_size=768, vocab_size=4000, num_hidden_layers=layers
-        )
+        config = config_of("llama", hidden_size=256, intermediate_size=768, vocab_size=4000, num_hidden_layers=layers)
         skeleton = build_skeleton(config)
         layered, decay = HFLayeredModel(skeleton), decay_names(skeleton)
 

@@ -188,6 +188,8 @@ def _buffers(job: JobSizes, layout: Layout, choice: Choice, held: set[str]) -> i
         for u in layout.units
         if u.trained
     )
-    bounce = BOUNCE_BYTES if any(_streamed(u, choice) for u in layout.embed) else 0
+    # rows of a tied table's gradient are read for its norm
+    rows_on_ssd = job.clips and layout.tied and any(choice.residence[u.name].gradient == Tier.SSD for u in layout.embed)
+    bounce = BOUNCE_BYTES if rows_on_ssd or any(_streamed(u, choice) for u in layout.embed) else 0
     zeros = 4 * CHUNK if layout.embed[0].trained and not layout.tied else 0
     return ring_bytes(job.rule) * (choice.ring_buffers if ring else 1) + job.rule.scratch_bytes(CHUNK) + bounce + zeros

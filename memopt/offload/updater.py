@@ -129,9 +129,10 @@ class Updater:
         self.require_sound()
 
     def require_sound(self) -> None:
-        """Raise what went wrong in any update so far: units are then of different steps."""
-        if self._failed is not None:
-            raise self._failed
+        """Raise what went wrong in any update or write so far: units are then of different steps."""
+        failed = [w.error for w in list(self._writes) if w.done() and w.error is not None]
+        if self._failed is not None or failed:
+            raise self._failed or failed[0]
 
     def close(self) -> None:
         """End the thread and give back what was read ahead."""

@@ -22,7 +22,10 @@ def train_in_memory(
 ) -> list[float]:
     """Loss of every step; the model is trained in place. The loss is the mean over all target tokens of a step."""
     groups = [
-        {"params": [p for n, p in model.named_parameters() if p.requires_grad and n in decay], "weight_decay": weight_decay},
+        {
+            "params": [p for n, p in model.named_parameters() if p.requires_grad and n in decay],
+            "weight_decay": weight_decay,
+        },
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and n not in decay], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
