@@ -11,7 +11,7 @@ from memopt.errors import MemoptError
 from memopt.jobs.config import FinetuneConfig
 
 _DRAM = "512MiB"
-_STEPS = 40
+_STEPS = 30
 _COMPARED = 5
 """Losses at the start and at the end that are averaged and compared."""
 
