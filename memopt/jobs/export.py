@@ -10,11 +10,11 @@ import torch
 from memopt.errors import BadInput
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.model_layout import layout_digest
-from memopt.jobs.opened_model import open_model
+from memopt.jobs.opened_model import open_model, write_model
 from memopt.jobs.output_dir import check_output, replace_output
 from memopt.jobs.progress import Progress
 from memopt.jobs.run_dir import RunDirectory
-from memopt.offload.storage import read_parameters
+from memopt.offload.storage import stored_homes
 from memopt.store.block_store import BlockStore
 from memopt.store.transfer import IoPool
 
@@ -47,16 +47,8 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
     layout = model.layout(int(saved["plan"]["tile_rows"]))
     if layout_digest(layout) != saved["layout"]:
         raise BadInput(f"{source} is not the model that this run began with (other parameters); put that one back")
-    total = sum(u.master_bytes + u.frozen_bytes for u in layout.units)
     with IoPool() as pool, BlockStore.open(directory.state, pool, writable=False) as store:
-        with Progress(quiet=quiet) as progress, progress.work("writing the model", total) as work:
-            before = 0
-
-            def advance(done: int, _: int) -> None:
-                nonlocal before
-                work.advance(done - before)
-                before = done
-
-            with replace_output(output, overwrite=overwrite) as place:
-                model.write(place, lambda name: read_parameters(store, layout, [name])[name], advance)
+        homes = stored_homes(store, layout)
+        with Progress(quiet=quiet) as progress, replace_output(output, overwrite=overwrite) as place:
+            write_model(model, layout, place, lambda name: homes.parameters([name])[name], progress)
         return int(store.meta["step"])

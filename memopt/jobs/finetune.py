@@ -17,6 +17,7 @@ import torch
 from memopt.errors import BadInput, Interrupted, OverBudget
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.limits import find_limits
+from memopt.jobs.opened_model import write_model
 from memopt.jobs.output_dir import check_output, replace_output
 from memopt.jobs.preparation import Prepared, prepare_job
 from memopt.jobs.progress import Progress, StepRecord
@@ -320,19 +321,10 @@ class _Run:
             )
 
     def _export(self, engine: Engine, output: Path) -> None:
-        total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
-        with (
-            replace_output(output, overwrite=self.config.overwrite) as place,
-            self.progress.work("writing the model", total) as work,
-        ):
-            before = 0
-
-            def advance(done: int, _: int) -> None:
-                nonlocal before
-                work.advance(done - before)
-                before = done
-
-            self.prepared.model.write(place, lambda name: engine.parameters([name])[name], advance)
+        with replace_output(output, overwrite=self.config.overwrite) as place:
+            write_model(
+                self.prepared.model, self.layout, place, lambda name: engine.parameters([name])[name], self.progress
+            )
 
 
 def training_state_bytes(prepared: Prepared, layout: Layout) -> int:

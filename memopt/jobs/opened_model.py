@@ -12,6 +12,7 @@ import torch
 from memopt.errors import BadInput
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.model_layout import model_layout
+from memopt.jobs.progress import Progress
 from memopt.offload.layout import Layout
 from memopt.offload.model import Binder
 from memopt.patches.hf_checkpoint import (
@@ -128,16 +129,25 @@ def open_model(config: FinetuneConfig, source: str, compute_dtype: torch.dtype, 
     )
 
 
+def write_model(
+    model: OpenedModel, layout: Layout, place: Path, tensors: Callable[[str], torch.Tensor], progress: Progress
+) -> None:
+    """Write the result to `place`, parameter by parameter, with a progress bar."""
+    total = sum(u.master_bytes + u.frozen_bytes for u in layout.units)
+    with progress.work("writing the model", total) as work:
+        model.write(place, tensors, lambda done, _: work.advance(done - work.done_bytes))
+
+
 class _Drawn:
     """Random initial values, a block at a time, the same however they are asked for."""
 
     def __init__(self, layered: HFLayeredModel, seed: int):
         self._layered, self._seed = layered, seed
+        binder = Binder(layered.module)
         self._in_block = {
-            name: path
-            for i in range(len(layered.blocks))
-            for path in (layered.block_prefix(i).rstrip("."),)
-            for name in Binder(layered.module).inside(layered.blocks[i])
+            name: layered.block_prefix(index).rstrip(".")
+            for index, block in enumerate(layered.blocks)
+            for name in binder.inside(block)
         }
 
     def __call__(self, names: list[str]) -> dict[str, torch.Tensor]:

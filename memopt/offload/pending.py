@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.offload.gradients import RowGradient
+from memopt.offload.homes import Home
 from memopt.offload.layout import UnitKind
 from memopt.offload.parts import Parts
 from memopt.offload.updater import StepTerms, Update
@@ -62,17 +63,26 @@ class Updates:
             home = homes[unit]
             if not unit.trained:
                 continue
-            updates[unit.name] = Update(
-                home=home,
-                terms=pending.terms,
-                weights=home.weights,
-                weights_in_ring=home.weights is None and unit not in visited,
-                gradient=home.gradient,
-                spilled=home.gradient is None and not (unit.kind == UnitKind.EMBED and not layout.tied),
-                rows=pending.rows.of(unit) if pending.rows is not None and unit.kind == UnitKind.EMBED else None,
-            )
+            update = self.of_held(home, pending.terms, visited=unit in visited)
+            update.rows = pending.rows.of(unit) if pending.rows is not None and unit.kind == UnitKind.EMBED else None
+            updates[unit.name] = update
         self.announce(list(updates.values()))
         return updates
+
+    def of_held(self, home: Home, terms: StepTerms, *, visited: bool = False) -> Update:
+        """The update of a unit whose dense gradient (if it has one: an untied embedding's is rows) was held.
+
+        The weights pass through the ring unless they live in DRAM or a visit of the forward brings them.
+        """
+        by_rows = home.unit.kind == UnitKind.EMBED and not self._parts.layout.tied
+        return Update(
+            home=home,
+            terms=terms,
+            weights=home.weights,
+            weights_in_ring=home.weights is None and not visited,
+            gradient=home.gradient,
+            spilled=home.gradient is None and not by_rows,
+        )
 
     def end(self) -> None:
         """Every unit of the pending update has been submitted: commit if the step was to be saved."""

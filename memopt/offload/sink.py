@@ -100,8 +100,10 @@ class SinkPool:
             if nbytes:
                 self._pools[kind] = BufferPool(nbytes, count, ledger, Category.GRADIENTS, f"{kind} gradient slots", pin)
 
-    def open(self, unit: Unit) -> GradientSink:
-        """A sink for a unit's gradient; waits for a slot."""
+    def open(self, unit: Unit) -> GradientSink | None:
+        """A sink for a unit's gradient; waits for a slot. None for a unit that is frozen."""
+        if not unit.trained:
+            return None
         home = self._homes[unit]
         start = time.perf_counter()
         slot = None if home.gradient is not None else self._pools[unit.kind].acquire(who=unit.name)

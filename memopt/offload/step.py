@@ -61,6 +61,8 @@ class StepRun:
         self._loss: HeadLoss | None = None
         self._row_gradient: RowGradient | None = None
         self._squares: list[list[float]] = []
+        self._backward_updates: dict[str, Update] = {}
+        self._late_updates: list[Update] = []
 
     @property
     def target_tokens(self) -> int:
@@ -170,7 +172,7 @@ class StepRun:
         self._seed(_EXIT, 0)
         if len(parts.layout.head) == 1:
             held = parts.stream.next()
-            sink = parts.sinks.open(held.home.unit) if held.home.unit.trained else None
+            sink = parts.sinks.open(held.home.unit)
             loss.forward_backward(self._tile(held, sink))
             return loss.loss(), (held, sink)
         for _ in parts.layout.head:
@@ -187,7 +189,7 @@ class StepRun:
             self._seed(_EXIT, 0)
             for _ in parts.layout.head:
                 held = parts.stream.next()
-                sink = parts.sinks.open(held.home.unit) if held.home.unit.trained else None
+                sink = parts.sinks.open(held.home.unit)
                 self._loss.backward(self._tile(held, sink))
                 self._complete(held, sink, terms)
         self._loss = None
@@ -200,7 +202,7 @@ class StepRun:
             held = parts.stream.next()
             hidden = acts.get(index)
             acts.fetch(index - 1)
-            sink = parts.sinks.open(held.home.unit) if held.home.unit.trained else None
+            sink = parts.sinks.open(held.home.unit)
             with self._bound(held, sink):
                 for micro, span in enumerate(self._spans):
                     leaf = self._micro(hidden, span).detach().requires_grad_()
@@ -278,20 +280,8 @@ class StepRun:
         heads = () if layout.tied else (layout.head if len(layout.head) == 1 else tuple(reversed(layout.head)))
         now = [Update(home=parts.homes[u], terms=terms) for u in (*heads, *reversed(layout.blocks)) if u.trained]
         self._backward_updates = {u.home.unit.name: u for u in now}
-        self._late_updates = []
-        for unit in (*layout.embed, layout.rest):
-            if unit.trained:
-                home = parts.homes[unit]
-                self._late_updates.append(
-                    Update(
-                        home=home,
-                        terms=terms,
-                        weights=home.weights,
-                        weights_in_ring=home.weights is None,
-                        gradient=home.gradient,
-                        spilled=layout.tied and unit.kind == UnitKind.EMBED and home.gradient is None,
-                    )
-                )
+        late = [parts.homes[u] for u in (*layout.embed, layout.rest) if u.trained]
+        self._late_updates = [self._updates.of_held(home, terms) for home in late]
         self._updates.announce(now)
 
     def _late_squares(self) -> list[float]:

@@ -108,8 +108,12 @@ def fill_state(
     store.commit(dict(meta)).wait()
 
 
+def stored_homes(store: BlockStore, layout: Layout) -> Homes:
+    """The units of a store that no engine uses, all on SSD: for `Homes.parameters`."""
+    nowhere = {u.name: Residence() for u in layout.units}
+    return Homes(layout, nowhere, store, None, Ledger(Budget()), None, hold_gradients=frozenset(), pin=False)
+
+
 def read_parameters(store: BlockStore, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Whole parameters out of a store that no engine uses: see `Homes.parameters`."""
-    nowhere = {u.name: Residence() for u in layout.units}
-    homes = Homes(layout, nowhere, store, None, Ledger(Budget()), None, hold_gradients=frozenset(), pin=False)
-    return homes.parameters(names)
+    return stored_homes(store, layout).parameters(names)

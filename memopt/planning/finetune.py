@@ -64,7 +64,7 @@ def plan_finetune(job: FinetuneJob, budget: Budget, machine: Machine) -> Plan:
     save_every = job.save_every or (1 if state_on_ssd else SAVE_EVERY_IN_DRAM)
     moved = traffic(job.sizes, layout, choice, save_every)
     if job.offload:
-        _check_ssd(job, layout, choice, budget, machine)
+        _check_ssd(job, layout, choice, budget)
     predicted = {t: Prediction(by_category=c) for t, c in memory(job.sizes, layout, choice).items() if c}
     kept = job.kept or {}
     return Plan(
@@ -97,7 +97,7 @@ def smallest_dram_bytes(job: FinetuneJob) -> int:
 
 def _resident(job: FinetuneJob, budget: Budget) -> tuple[int, Choice] | None:
     """Everything in DRAM, if that fits."""
-    for tile_rows in _tiles(job, largest_first=True):
+    for tile_rows in _tiles(job):
         choice = _everything(job, tile_rows)
         for tokens in reversed(_loss_tokens(job)):
             grown = replace(choice, loss_tokens=tokens)
@@ -114,7 +114,7 @@ def _everything(job: FinetuneJob, tile_rows: int) -> Choice:
 
 def _least(job: FinetuneJob) -> Iterator[tuple[int, Choice]]:
     """What the smallest budget is looked for among; a very small model needs less than the buffers of streaming."""
-    for tile_rows in _tiles(job, largest_first=True):
+    for tile_rows in _tiles(job):
         yield tile_rows, _everything(job, tile_rows)
     if job.offload:
         yield from _frugal(job)
@@ -130,7 +130,7 @@ def _streaming(job: FinetuneJob, budget: Budget) -> tuple[int, Choice] | None:
         choice = _if_fits(job, tile_rows, choice, replace(choice, **change), budget)  # type: ignore[arg-type]
     for tokens in _loss_tokens(job):
         choice = _if_fits(job, tile_rows, choice, replace(choice, loss_tokens=max(tokens, choice.loss_tokens)), budget)
-    for rows in _tiles(job, largest_first=True):
+    for rows in _tiles(job):
         if rows > tile_rows:
             wider = _retiled(job, choice, rows)
             if _fits(job, rows, wider, budget):
@@ -143,7 +143,7 @@ def _streaming(job: FinetuneJob, budget: Budget) -> tuple[int, Choice] | None:
 
 def _frugal(job: FinetuneJob) -> Iterator[tuple[int, Choice]]:
     """Least memory, with a whole table first if cutting it saves nothing."""
-    for tile_rows in _tiles(job, largest_first=True):
+    for tile_rows in _tiles(job):
         layout = job.layout_of(tile_rows)
         residence = {u.name: Residence() for u in layout.units}
         residence["rest"] = Residence(weights=Tier.DRAM, moments=Tier.DRAM, gradient=Tier.DRAM)
@@ -200,14 +200,14 @@ def _dram(job: FinetuneJob, tile_rows: int, choice: Choice) -> int:
     return sum(memory(job.sizes, job.layout_of(tile_rows), choice)[Tier.DRAM].values())
 
 
-def _tiles(job: FinetuneJob, *, largest_first: bool) -> list[int]:
+def _tiles(job: FinetuneJob) -> list[int]:
     """Tile sizes to consider: the whole table, halves, quarters, ... down to 4 MiB."""
     if job.kept:
         return [int(job.kept["tile_rows"])]
     tiles = [job.rows]
     while -(-tiles[-1] // 2) * job.row_bytes >= _MIN_TILE_BYTES:
         tiles.append(-(-tiles[-1] // 2))
-    return tiles if largest_first else tiles[::-1]
+    return tiles
 
 
 def _loss_tokens(job: FinetuneJob) -> list[int]:
@@ -232,7 +232,7 @@ def _infeasible(job: FinetuneJob, budget: Budget) -> Infeasible:
     return Infeasible(Tier.DRAM, budget.dram_bytes or 0, dram, f"It needs {parts}. {knobs}.")
 
 
-def _check_ssd(job: FinetuneJob, layout: Layout, choice: Choice, budget: Budget, machine: Machine) -> None:
+def _check_ssd(job: FinetuneJob, layout: Layout, choice: Choice, budget: Budget) -> None:
     need = state_bytes(layout, job.sizes.rule) + scratch_bytes(job.sizes, layout, choice)
     if budget.ssd_bytes is not None and need > budget.ssd_bytes:
         raise Infeasible(
