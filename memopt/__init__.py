@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memopt.budget import Budget
     from memopt.jobs.config import FinetuneConfig
     from memopt.jobs.finetune import finetune
+    from memopt.jobs.optimizer import attach_optimizer, build_optimizer
     from memopt.ledger import Ledger
     from memopt.machine import Machine
     from memopt.report_types import Report
@@ -28,10 +29,22 @@ _HOME = {
     "Ledger": "memopt.ledger",
     "Machine": "memopt.machine",
     "Report": "memopt.report_types",
+    "attach_optimizer": "memopt.jobs.optimizer",
+    "build_optimizer": "memopt.jobs.optimizer",
     "finetune": "memopt.jobs.finetune",
 }
 
-__all__ = ["Budget", "FinetuneConfig", "Ledger", "Machine", "Report", "__version__", "finetune"]
+__all__ = [
+    "Budget",
+    "FinetuneConfig",
+    "Ledger",
+    "Machine",
+    "Report",
+    "__version__",
+    "attach_optimizer",
+    "build_optimizer",
+    "finetune",
+]
 
 
 def __getattr__(name: str) -> Any:

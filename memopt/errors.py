@@ -52,3 +52,7 @@ class Interrupted(MemoptError):
     """The person asked to stop; what was saved stays saved."""
 
     exit_code = 130
+
+
+class NonFinite(MemoptError):
+    """A loss, a gradient or the norm of the gradients is NaN or infinite. Nothing was updated with it."""
