@@ -43,6 +43,8 @@ class OptimizerCallback(TrainerCallback):
                 "pass `optimizers=(memopt.build_optimizer(model, ...), None)` instead"
             )
         if self._clipping is not None:
+            if isinstance(self._trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel):
+                raise BadInput(_NO_DDP)
             gradient_state = self._trainer.accelerator.gradient_state
             self.layerwise = Layerwise(
                 self.optimizer,
@@ -189,6 +191,10 @@ def mean_spectra(optimizer: Optimizer) -> Mapping[str, float]:
     return means
 
 
+_NO_DDP = (
+    "layerwise: DistributedDataParallel averages gradients in buckets after the hooks have run; use FSDP2, or train "
+    "without layerwise"
+)
 _SPECTRA = {"q", "k", "v", "o", "ffn-up", "ffn-gate", "ffn-down"}
 
 
@@ -204,10 +210,7 @@ def _check_layerwise(trainer: Trainer, clipping: Clipping, max_norm: float) -> N
     if is_deepspeed(trainer):
         raise BadInput("layerwise: DeepSpeed runs its own backward pass; train without layerwise, or with FSDP2")
     if trainer.args.parallel_mode.value == "distributed" and not trainer.is_fsdp_enabled:
-        raise BadInput(
-            "layerwise: DistributedDataParallel averages gradients in buckets after the hooks have run; use FSDP2, or "
-            "train without layerwise"
-        )
+        raise BadInput(_NO_DDP)
     if max_norm and clipping == "none":
         warnings.warn(
             f"layerwise: gradients are not clipped (max_grad_norm={max_norm} needs the global norm, which is known "

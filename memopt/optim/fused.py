@@ -23,6 +23,13 @@ Layout = tuple[int, Unit]
 """Groups, and how each is cut."""
 
 
+def class_name(module: nn.Module) -> str:
+    """Name of a module's class; of one that FSDP2's fully_shard has given a class of its own, the one it had."""
+    name = type(module).__name__
+    cut = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    return name.removeprefix("FSDP") if cut else name
+
+
 @dataclass(frozen=True)
 class Sources:
     """Where the sizes of an attention block are looked up: the module, then the nearest configuration."""
@@ -33,7 +40,7 @@ class Sources:
     @property
     def class_name(self) -> str:
         """Class of the block."""
-        return type(self.module).__name__
+        return class_name(self.module)
 
     def number(self, *names: str) -> int | None:
         """The first of these attributes that is a positive whole number."""
@@ -249,7 +256,7 @@ def expert_parts(leaf: str, shape: tuple[int, ...], owner: nn.Module, parent: nn
     partner = _partner(owner, parent, "down_proj", "output_linear")
     if partner is None or rows != 2 * (partner[1] if turned else partner[2]):
         return (Part(role=Role.EXPERT, transposed=turned),)
-    side_by_side = getattr(owner, "is_concatenated", "GptOss" not in type(owner).__name__)
+    side_by_side = getattr(owner, "is_concatenated", "GptOss" not in class_name(owner))
     groups, each = (1, rows // 2) if side_by_side else (rows // 2, 1)
     parts = cut(rows, (groups, ((Role.EXPERT, each), (Role.EXPERT, each))), transposed=turned)
     assert parts is not None
@@ -287,7 +294,7 @@ def _partner(owner: nn.Module, parent: nn.Module, *names: str) -> tuple[int, ...
 def _row_stacked(shape: tuple[int, ...], owner: nn.Module) -> tuple[Part, ...]:
     """DBRX keeps its experts one above the other in a table of two dimensions: one part for each."""
     experts = getattr(owner, "moe_num_experts", 0)
-    if len(shape) != 2 or type(owner).__name__ != "DbrxExpertGLU" or not experts or shape[0] % experts:
+    if len(shape) != 2 or class_name(owner) != "DbrxExpertGLU" or not experts or shape[0] % experts:
         return (Part(role=Role.EXPERT),)
     parts = cut(shape[0], (1, ((Role.EXPERT, shape[0] // experts),) * experts))
     assert parts is not None

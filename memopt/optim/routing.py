@@ -85,7 +85,7 @@ class _Place:
     @property
     def transposed(self) -> bool:
         """Whether a matrix is stored as (inputs, outputs): the linear layer of GPT-2 in transformers."""
-        return type(self.owner).__name__ == "Conv1D" and hasattr(self.owner, "nf")
+        return fused.class_name(self.owner) == "Conv1D" and hasattr(self.owner, "nf")
 
     @property
     def config(self) -> object:
@@ -142,7 +142,7 @@ def _walk(
     for segment, child in module._modules.items():
         if child is None:
             continue
-        parallel = segment == "module" and type(module).__name__ in _PARALLEL
+        parallel = segment == "module" and fused.class_name(module) in _PARALLEL
         if segment in _WRAPPERS or parallel:
             yield from _walk(child, name, path, modules, chain)
         elif segment in ("base_layer", "original_module") or _is_shell(segment, module):
@@ -157,7 +157,7 @@ def _walk(
 
 def _is_shell(segment: str, module: nn.Module) -> bool:
     """A linear layer inside one that only adds something to it (Moshi, Gemma 4)."""
-    return segment == "linear" and type(module).__name__.endswith("Linear")
+    return segment == "linear" and fused.class_name(module).endswith("Linear")
 
 
 def _output_weights(model: nn.Module) -> set[int]:
@@ -201,7 +201,7 @@ def _judge(place: _Place, heads: set[int]) -> tuple[Role, tuple[Part, ...], str]
 
 def _simple_role(place: _Place, heads: set[int]) -> tuple[Role, str] | None:
     """Role of what is not a hidden matrix, with the reason; None for what may be one."""
-    owner, leaf = type(place.owner).__name__, place.path[-1]
+    owner, leaf = fused.class_name(place.owner), place.path[-1]
     for role in (Role.LORA_A, Role.LORA_B):
         if any(segment in (role.value, role.value.replace("_", "_embedding_")) for segment in place.path):
             return role, f"name {role.value}"
@@ -240,7 +240,7 @@ def _is_expert_gate(place: _Place) -> bool:
     names = [name for name, _ in place.block.named_children()]
     return (
         any(is_experts(name) for name in names)
-        or re.search(r"moe|sparse", type(place.block).__name__, re.I) is not None
+        or re.search(r"moe|sparse", fused.class_name(place.block), re.I) is not None
     )
 
 
@@ -250,9 +250,9 @@ def _matrix(place: _Place) -> tuple[Role, tuple[Part, ...], str]:
     block, where = _block(place)
     if _of_experts(place):
         return _expert(place, shape)
-    if block != "attention" and any(_STATE_SPACE.search(type(m).__name__) for m in place.modules[-2:]):
-        return Role.OTHER, (Part(role=Role.OTHER),), f"state-space layer {type(place.block).__name__}"
-    class_name = type(place.block).__name__
+    if block != "attention" and any(_STATE_SPACE.search(fused.class_name(m)) for m in place.modules[-2:]):
+        return Role.OTHER, (Part(role=Role.OTHER),), f"state-space layer {fused.class_name(place.block)}"
+    class_name = fused.class_name(place.block)
     if block != "ffn" and fused.is_fused_qkv(leaf, class_name) and (block == "attention" or leaf != "in_proj"):
         return _fused_qkv(place, shape)
     role = _layer_role(place, block)
@@ -272,7 +272,7 @@ def _block(place: _Place) -> tuple[str | None, str]:
     last = len(place.path) - (2 if place.is_layer else 1)
     for depth in range(last, max(last - 3, -1), -1):
         segment = place.path[depth - 1] if depth else ""
-        block = block_of(segment, type(place.modules[depth]).__name__)
+        block = block_of(segment, fused.class_name(place.modules[depth]))
         if block is not None:
             return block, segment
     return None, ""
@@ -299,13 +299,13 @@ def _layer_role(place: _Place, block: str | None) -> Role | None:
 def _of_experts(place: _Place) -> bool:
     if any("shared" in segment for segment in place.path):
         return place.parameter.ndim > 2
-    owners = (type(place.owner).__name__, type(place.block).__name__)
+    owners = (fused.class_name(place.owner), fused.class_name(place.block))
     return any(is_experts(s) for s in place.path[:-1]) or any("Expert" in name for name in owners)
 
 
 def _expert(place: _Place, shape: tuple[int, ...]) -> tuple[Role, tuple[Part, ...], str]:
     parent = place.modules[-2] if len(place.modules) > 1 else place.owner
-    why = f"experts: {place.leaf} in {type(place.block).__name__}"
+    why = f"experts: {place.leaf} in {fused.class_name(place.block)}"
     if len(shape) == 2 and place.is_layer:
         return Role.EXPERT, (Part(role=Role.EXPERT, transposed=place.transposed),), why
     parts = fused.expert_parts(place.leaf, shape, place.owner, parent)
