@@ -6,9 +6,9 @@ import functools
 import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from memopt.budget import Budget
+from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.model_layout import model_layout
+from memopt.jobs.rules import update_rules
 from memopt.ledger import Ledger
 from memopt.offload.engine import Engine, EngineSettings, Progress, StepResult
 from memopt.offload.gradients import held_units
 from memopt.offload.layout import Layout, Unit
 from memopt.offload.storage import create_scratch, create_state, fill_state, read_parameters, scratch_specs
-from memopt.optim.adamw import AdamW
+from memopt.optim.chunked import ChunkRule
+from memopt.optim_types import UpdateRule
 from memopt.patches.hf_checkpoint import build_skeleton, decay_names
 from memopt.patches.hf_model import HFLayeredModel
 from memopt.plan_types import Plan, Residence
@@ -37,6 +40,8 @@ WHOLE = 10**9
 IN_DRAM = Residence(weights=Tier.DRAM, moments=Tier.DRAM, gradient=Tier.DRAM)
 ON_SSD = Residence()
 
+Rules = UpdateRule | Mapping[str, UpdateRule]
+ADAMW = ChunkRule(weight_decay=0.1)
 Micro = dict[str, torch.Tensor]
 Steps = list[list[Micro]]
 
@@ -166,11 +171,21 @@ class Subject:
         """A fresh copy of the plain model."""
         return in_memory_model(self._config, self._seed)
 
-    def layout(self, tile_rows: int = WHOLE) -> Layout:
-        return model_layout(self.layered, decay=self.decay, dtypes={}, tile_rows=tile_rows)
+    def layout(self, tile_rows: int = WHOLE, rules: Rules | None = None) -> Layout:
+        """With one rule for all parameters, or one for each."""
+        rules = rules or ADAMW
+        of = rules if isinstance(rules, Mapping) else dict.fromkeys(self.initial, rules)
+        return model_layout(self.layered, decay=self.decay, dtypes={}, rules=of, tile_rows=tile_rows)
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         return {n: self.initial[n] for n in names}
+
+
+def rules_of(model: Subject, preset: str, **options: Any) -> Mapping[str, UpdateRule]:
+    """What a run with this preset does with each parameter; `rank` and the like count where the preset has them."""
+    options = options if "galore" in preset else {}
+    config = FinetuneConfig.of(model="m", optimizer=preset, weight_decay=0.1, seed=0, **options)
+    return update_rules(config, model.layered.module).of
 
 
 @functools.cache
@@ -260,7 +275,6 @@ class Setup:
     max_tokens: int
     layout: Layout
     plan: Plan
-    rule: AdamW = field(default_factory=lambda: AdamW(weight_decay=0.1))
     clip_norm: float = 0.0
     seed: int = 0
     compute_dtype: torch.dtype = torch.float32
@@ -293,9 +307,9 @@ class Opened:
 
 
 def setup(model: Subject, directory: Path | None, steps: Steps, **changes: Any) -> Setup:
-    """A Setup with sensible values; `tile_rows`, `residence` and fields of Plan or Setup can be given."""
+    """A Setup with sensible values; `rule`, `tile_rows`, `residence` and fields of Plan or Setup can be given."""
     tile_rows = changes.pop("tile_rows", WHOLE)
-    layout = model.layout(tile_rows)
+    layout = model.layout(tile_rows, changes.pop("rule", None))
     own = {k: changes.pop(k) for k in list(changes) if k in Setup.__dataclass_fields__}
     residence = changes.pop("residence", None)
     if callable(residence):
@@ -320,8 +334,8 @@ def opened(this: Setup) -> Iterator[Opened]:
                 store = BlockStore.open(state, pool)
                 progress = Progress(int(store.meta["step"]), int(store.meta["updates"]))
             else:
-                store = create_state(state, this.layout, this.rule, pool, {})
-                fill_state(store, this.layout, this.rule, this.subject.read, {"step": 0, "updates": 0})
+                store = create_state(state, this.layout, pool, {})
+                fill_state(store, this.layout, this.subject.read, {"step": 0, "updates": 0})
             stack.callback(store.close)
             specs = scratch_specs(
                 this.layout,
@@ -341,7 +355,6 @@ def opened(this: Setup) -> Iterator[Opened]:
             store,
             scratch,
             ledger,
-            this.rule,
             this.settings(),
             initial=this.subject.read,
             progress=progress,

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from memopt.errors import BadInput
 from memopt.jobs.config import ALIASES, FinetuneConfig, canonical, differences, read_settings
+from memopt.jobs.fields import choices
 
 # fmt: off
 FLAGS = [
     "model", "data", "output", "offload_dir", "gpu", "dram", "ssd", "machine", "method", "lora_rank",
-    "lora_alpha", "lora_dropout", "lora_target_modules", "optimizer", "optim_state_dtype", "lr", "weight_decay",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "optimizer", "optim_state_dtype", "momentum", "rank",
+    "update_proj_gap", "proj_scale", "proj_type", "lr", "weight_decay",
     "beta1", "beta2", "eps", "schedule", "warmup_steps", "max_grad_norm", "seq_len", "batch_size", "grad_accum",
     "epochs", "max_steps", "eval_data", "eval_every", "log_file", "save_every", "dtype", "device", "seed",
     "resume", "overwrite", "report", "quiet", "init", "skip_nonfinite", "dry_run", "ssd_endurance",
@@ -32,7 +34,7 @@ def test_a_field_for_every_flag_and_every_field_described() -> None:
 
 def test_defaults_are_hugging_faces() -> None:
     config = FinetuneConfig(model="m")
-    assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.eps) == (5e-5, 0.0, 0.9, 0.999, 1e-8)
+    assert (config.lr, config.weight_decay, config.beta1, config.beta2, config.eps) == (5e-5, 0.0, None, None, 1e-8)
     assert (config.schedule, config.warmup_steps, config.max_grad_norm) == ("linear", 0, 1.0)
     assert (config.epochs, config.seed, config.save_every) == (3.0, 42, None)
 
@@ -106,12 +108,34 @@ def test_unknown_and_double_names() -> None:
         ({"ssd_endurance": "xTB"}, r"ssd_endurance = 'xTB'"),
         ({"lora_target_modules": [1]}, r"lora_target_modules = \[1\]: give a list of names"),
         ({"seed": -1}, r"seed = -1"),
+        ({"optimizer": "adam"}, r"optimizer = 'adam': give adamw or adamw8bit or "),
+        (
+            {"optim_state_dtype": "int4"},
+            r"optim_state_dtype = 'int4': give float32 or bfloat16 or int8, or leave it out",
+        ),
+        (
+            {"optimizer": "muon", "rank": 8},
+            r"rank = 8 with optimizer = 'muon': only galore, galore8bit, galore_muon use",
+        ),
+        ({"proj_scale": 2}, r"proj_scale = 2\.0 with optimizer = 'adamw': only galore"),
+        ({"proj_type": "left"}, r"proj_type = 'left' with optimizer = 'adamw'"),
+        ({"update_proj_gap": 5, "optimizer": "lion"}, r"update_proj_gap = 5 with optimizer = 'lion'"),
+        ({"momentum": 0.5}, r"momentum = 0\.5 with optimizer = 'adamw': only sgd, galore_muon, muon"),
+        ({"optimizer": "galore", "rank": 0}, r"rank = 0: give a whole number of at least 1"),
+        ({"optimizer": "galore", "proj_scale": 0}, r"proj_scale = 0\.0: give a positive number"),
+        ({"optimizer": "sgd", "momentum": 1}, r"momentum = 1\.0: give a number from 0 to below 1"),
     ],
 )
 def test_bad_values_name_field_value_and_remedy(settings: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
         FinetuneConfig.of(**{"model": "m", **settings})
     assert "\n" not in str(caught.value)
+
+
+def test_every_preset_is_an_optimizer() -> None:
+    from memopt.optim.presets import PRESETS
+
+    assert choices(FinetuneConfig, "optimizer") == tuple(PRESETS)
 
 
 def test_synonyms_and_lists() -> None:

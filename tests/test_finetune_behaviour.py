@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import memopt
-from memopt.offload.engine import NonFinite
+from memopt.errors import NonFinite
 from tests.finetune_helpers import (
     Forks,
     Tiny,

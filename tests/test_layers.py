@@ -95,7 +95,7 @@ def trouble(importer: str, imported: str) -> str | None:
         ("store", "memopt.offload.stream", False),
         ("ledger", "memopt.store.files", False),
         ("optim", "memopt.offload", False),
-        ("optim", "memopt.optim.adamw", True),
+        ("optim", "memopt.optim.rules", True),
         ("planning", "memopt.profiler.session", False),
         ("budget", "memopt.machine", True),
         ("machine", "memopt.ledger", False),

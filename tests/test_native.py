@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from memopt.optim import native, rules
+from memopt.optim import dynamic_map, native, rules
 from memopt.optim.codecs import BLOCK, Codec, allocate, decode, encode_
 
 built = pytest.mark.skipif(not native.available(), reason=native.why_not())
@@ -110,9 +110,74 @@ def test_a_step_is_the_plain_one_whatever_the_instructions(
         tensors = plainest
 
 
+def around(x: torch.Tensor) -> torch.Tensor:
+    """`x` and what lies next to it, in rows of a block that end with 1, so that the scale is 1."""
+    found = torch.cat(
+        [x, x.nextafter(torch.tensor(2.0)), x.nextafter(torch.tensor(0.0)), drawn((1000,), 3).clamp(-1, 1)]
+    )
+    found = torch.cat([found, found.new_zeros(-found.numel() % (BLOCK - 1))]).view(-1, BLOCK - 1)
+    return torch.nn.functional.pad(found, (0, 1), value=1.0)
+
+
 @built
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+def test_codes_are_exactly_the_nearest(level: str) -> None:
+    """SGD without momentum keeps the gradient, AdamW with beta2 = 0 its square: the kernels as bare encoders."""
+    if level not in native.levels():
+        pytest.skip(f"this machine has no {level}")
+    common: dict[str, Any] = {"steps": [1], "lr": 0.0, "weight_decay": 0.0, "level": level}
+    x = torch.cat([dynamic_map.midpoints(True), dynamic_map.dynamic_map(True)])
+    x = around(torch.cat([x, -x]))
+    tensors, wanted = Tensors(x), Tensors(x)
+    native.sgd8_([tensors.weights], [x], *([s] for s in tensors.first), momentum=0.0, nesterov=False, **common)
+    encode_(Codec.INT8, x, *wanted.first, signed=True)
+    assert torch.equal(tensors.first[0], wanted.first[0])
+    assert torch.equal(tensors.first[0], dynamic_map.nearest_code(x, True))
+    roots = around(torch.cat([dynamic_map.midpoints(False), dynamic_map.dynamic_map(False)]).sqrt())
+    tensors, wanted = Tensors(roots), Tensors(roots)
+    states = [[s] for s in (*tensors.first, *tensors.second)]
+    native.adamw8_([tensors.weights], [roots], *states, beta1=0.0, beta2=0.0, eps=1.0, **common)
+    encode_(Codec.INT8, roots.square(), *wanted.second, signed=False)
+    assert torch.equal(tensors.second[0], wanted.second[0])
+
+
+@built
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+def test_every_code_is_decoded_as_lines_say(level: str) -> None:
+    """SGD with momentum 1, no gradient and rate 1 takes the state itself off the weights."""
+    if level not in native.levels():
+        pytest.skip(f"this machine has no {level}")
+    tensors = Tensors(torch.zeros(1, BLOCK))
+    tensors.first[0].copy_(torch.arange(BLOCK))
+    tensors.first[1].fill_(3.0)
+    native.sgd8_(
+        [tensors.weights],
+        [torch.zeros(1, BLOCK)],
+        *([s] for s in tensors.first),
+        momentum=1.0,
+        nesterov=False,
+        steps=[1],
+        lr=1.0,
+        weight_decay=0.0,
+        level=level,
+    )
+    assert torch.equal(-tensors.weights[0], 3 * dynamic_map.line_entries(True))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_lines_are_the_map(signed: bool) -> None:
+    entries = dynamic_map.line_entries(signed)
+    torch.testing.assert_close(entries, dynamic_map.dynamic_map(signed), rtol=2.0**-22, atol=0)
+
+
+@built
+@pytest.mark.parametrize("threads", ["torch's", "own"])
 @pytest.mark.parametrize("rule", RULES)
-def test_threads_lists_and_layouts_change_no_bit(rule: str) -> None:
+def test_threads_lists_and_layouts_change_no_bit(rule: str, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if threads == "own":
+        monkeypatch.setattr(native, "_parallel", lambda: None)
+    elif native._parallel() is None:
+        pytest.skip("this torch has no GOMP_parallel")
     shapes = [(300, 257), (1, 256), (256,), (70000,), (4, 5, 320), (9, 3), (0, 300), (3, 0), (255,)]
     alone = [Tensors(drawn(shape, i, FLOATS[i % 2])) for i, shape in enumerate(shapes)]
     many, threaded = [t.copy() for t in alone], [t.copy() for t in alone]

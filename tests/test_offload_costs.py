@@ -10,9 +10,11 @@ import torch
 
 from memopt.offload.costs import Choice, JobSizes, Traffic, memory, scratch_bytes, traffic
 from memopt.offload.engine import Engine
-from memopt.offload.layout import CHUNK, Layout
+from memopt.offload.layout import Layout
 from memopt.offload.storage import state_bytes
-from memopt.optim.adamw import AdamW
+from memopt.offload.updater import update_scratch_bytes
+from memopt.optim.chunked import ChunkRule
+from memopt.optim.codecs import Codec
 from memopt.plan_types import Residence
 from memopt.tiers import Category, Tier
 from memopt.units import MiB
@@ -26,6 +28,7 @@ from tests.offload_helpers import (
     everywhere,
     one_thread,  # noqa: F401
     opened,
+    rules_of,
     setup,
 )
 
@@ -52,7 +55,6 @@ def tied() -> Subject:
 
 def sizes(this: Setup) -> JobSizes:
     return JobSizes(
-        rule=this.rule,
         clips=this.clip_norm > 0,
         tokens=this.max_tokens,
         width=this.subject.width,
@@ -115,12 +117,22 @@ def half(layout: Layout) -> dict[str, Residence]:
     }
 
 
+def with_rules(model: Subject, case: dict[str, Any]) -> dict[str, Any]:
+    """The case with the rules of its `preset`, if it has one, at a rank of half the width."""
+    case = dict(case)
+    preset = case.pop("preset", None)
+    return case if preset is None else {**case, "rule": rules_of(model, preset, rank=128)}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "fused update": {},
     "clipped": {"clip_norm": 0.1},
-    "clipped, bfloat16 state": {"clip_norm": 0.1, "rule": AdamW(state_dtype=torch.bfloat16)},
+    "clipped, bfloat16 state": {"clip_norm": 0.1, "rule": ChunkRule(codec=Codec.BF16)},
     "tiles and activations on SSD": {"tile_rows": 350, "activation_layers_on_ssd": 2, "clip_norm": 0.1},
     "half in DRAM": {"residence": half, "clip_norm": 0.1},
+    "8-bit state": {"preset": "adamw8bit"},
+    "matrices": {"preset": "muon_vo_ffn"},
+    "matrices, clipped": {"preset": "galore8bit", "clip_norm": 0.1, "residence": half},
 }
 
 
@@ -129,7 +141,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_traffic_is_what_was_predicted(name: str, kind: str, tmp_path: Path, request: Any) -> None:
     model = request.getfixturevalue(kind)
     steps = whole_vocabulary(model.vocabulary, 2)
-    this = setup(model, tmp_path, steps, loss_tokens=256, **CASES[name])
+    this = setup(model, tmp_path, steps, loss_tokens=256, **with_rules(model, CASES[name]))
     predicted = traffic(sizes(this), this.layout, choice(this), 1)
     got = measured(this, steps)
     assert got.read_bytes == pytest.approx(predicted.read_bytes, rel=0.01)
@@ -176,8 +188,12 @@ MEMORY: dict[str, dict[str, Any]] = {
     "clipped, slots": {"clip_norm": 0.1, "block_slots": 3, "gradient_slots": 2, "ring_buffers": 3},
     "half in DRAM": {"residence": half, "clip_norm": 0.1, "activation_layers_on_ssd": 1},
     "everything in DRAM": {"residence": lambda layout: everywhere(layout, IN_DRAM), "clip_norm": 0.1},
-    "tiles": {"tile_rows": 300, "rule": AdamW(state_dtype=torch.bfloat16)},
+    "tiles": {"tile_rows": 300, "rule": ChunkRule(codec=Codec.BF16)},
     "bfloat16 compute": {"compute_dtype": torch.bfloat16, "clip_norm": 0.1},
+    "8-bit state": {"preset": "lion8bit", "clip_norm": 0.1},
+    "matrices": {"preset": "muon"},
+    "matrices, clipped": {"preset": "galore", "clip_norm": 0.1, "ring_buffers": 3},
+    "matrices, half in DRAM": {"preset": "muon8bit", "clip_norm": 0.1, "residence": half},
 }
 
 
@@ -186,7 +202,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 def test_the_ledger_is_charged_what_was_predicted(name: str, kind: str, tmp_path: Path, request: Any) -> None:
     model = request.getfixturevalue(kind)
     steps = batches(model.vocabulary, 2, accum=2, shapes=((1, 48),))
-    this = setup(model, tmp_path, steps, **MEMORY[name])
+    this = setup(model, tmp_path, steps, **with_rules(model, MEMORY[name]))
     predicted = memory(sizes(this), this.layout, choice(this))[Tier.DRAM]
     with opened(this) as at:
         for micros in steps:
@@ -199,19 +215,21 @@ def test_the_ledger_is_charged_what_was_predicted(name: str, kind: str, tmp_path
     rows = min(this.max_tokens, model.vocabulary) * model.width * 4 * 3
     logits = this.plan.loss_tokens * (3 * model.vocabulary + 4 * model.width) * 4
     copies = 0 if this.compute_dtype == torch.float32 else 2 * max(u.numel for u in this.layout.units)
-    assert sum(predicted.values()) <= 1.03 * total + UNCHARGED + rows + logits + copies + this.rule.scratch_bytes(CHUNK)
+    assert sum(predicted.values()) <= 1.03 * total + UNCHARGED + rows + logits + copies + update_scratch_bytes(
+        this.layout
+    )
     assert predicted[Category.OPTIMIZER] == charged[Category.OPTIMIZER]
 
 
-@pytest.mark.parametrize("name", ["frugal", "half in DRAM"])
+@pytest.mark.parametrize("name", ["frugal", "half in DRAM", "matrices", "8-bit state"])
 def test_files_take_what_was_predicted(name: str, untied: Subject, tmp_path: Path) -> None:
     steps = batches(untied.vocabulary, 1)
-    this = setup(untied, tmp_path, steps, **MEMORY[name])
+    this = setup(untied, tmp_path, steps, **with_rules(untied, MEMORY[name]))
     with opened(this) as at:
         at.engine.step(steps[0], lr=1e-4, save=True)
         files = [f for f in tmp_path.rglob("*") if f.is_file()]
         on_disk = sum(f.stat().st_blocks * 512 for f in files)
-    predicted = state_bytes(this.layout, this.rule) + scratch_bytes(sizes(this), this.layout, choice(this))
+    predicted = state_bytes(this.layout) + scratch_bytes(sizes(this), this.layout, choice(this))
     assert on_disk == pytest.approx(predicted, rel=0.02)
 
 

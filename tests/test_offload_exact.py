@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from memopt.optim.adamw import AdamW
+from memopt.optim.chunked import ChunkRule
+from memopt.optim.codecs import Codec
 from tests.offload_helpers import (
     IN_DRAM,
     assert_same,
@@ -93,21 +94,21 @@ def test_twenty_steps_equal_the_in_memory_loop(name: str, tmp_path: Path) -> Non
         assert set(got.norms) == {None}
 
 
-@pytest.mark.parametrize(("state", "clip"), [(torch.float32, TINY_NORM), (torch.bfloat16, 0.0)])
-def test_units_of_several_chunks(state: torch.dtype, clip: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("state", "clip"), [(Codec.FP32, TINY_NORM), (Codec.BF16, 0.0)])
+def test_units_of_several_chunks(state: Codec, clip: float, tmp_path: Path) -> None:
     """Updates walk the vectors in chunks of a million elements; every unit has two here."""
     model = subject("llama_tied", hidden_size=256, intermediate_size=1536, vocab_size=5000, num_hidden_layers=2)
     steps = batches(model.vocabulary, 3, shapes=((2, 12),))
-    rule = AdamW(weight_decay=0.1, state_dtype=state)
+    rule = ChunkRule(weight_decay=0.1, codec=state)
     on_ssd = setup(model, tmp_path / "ssd", steps, clip_norm=clip, rule=rule)
-    assert all(len(u.chunks()) == 2 for u in (*on_ssd.layout.embed, *on_ssd.layout.blocks))
+    assert all(len(u.spans) == 2 for u in (*on_ssd.layout.embed, *on_ssd.layout.blocks))
     got = train(on_ssd, steps, save_every=1)
     in_dram = setup(model, None, steps, clip_norm=clip, rule=rule, residence=lambda layout: everywhere(layout, IN_DRAM))
     assert_same(train(in_dram, steps).weights, got.weights)
     plain = model.in_memory()
     train_in_memory(plain, steps, lr=lambda step: LR, decay=model.decay, weight_decay=0.1, max_grad_norm=clip)
     apart = distance(got.weights, final_weights(plain))
-    if state == torch.float32:
+    if state == Codec.FP32:
         assert apart.relative <= 1e-6 and apart.largest <= 0.1 * LR
     else:
         assert apart.largest <= LR

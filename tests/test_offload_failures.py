@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from memopt.errors import BadInput, MemoptError
-from memopt.offload.engine import NonFinite
+from memopt.errors import BadInput, MemoptError, NonFinite
 from memopt.plan_types import Residence
 from memopt.store.errors import StoreCorrupt
 from memopt.store.transfer import Hook, IoPool, Piece, RandomAccessFile, Transfer

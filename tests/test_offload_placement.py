@@ -133,7 +133,7 @@ def test_what_lives_in_dram_is_not_read_in_a_step(tmp_path: Path) -> None:
         return everywhere(layout, IN_DRAM) | {"block.1": moments_out}
 
     this = setup(model, tmp_path, data(), residence=only_moments_on_ssd)
-    record = this.rule.record_bytes(this.layout.blocks[1].numel)
+    record = this.layout.blocks[1].record_bytes
     with opened(this) as at:
         before = at.pool.read_bytes, at.pool.written_bytes
         at.engine.step(data()[0], lr=1e-4, save=False)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from memopt.optim.adamw import AdamW
+from memopt.optim.chunked import ChunkRule
+from memopt.optim.codecs import Codec
 from tests.offload_helpers import (
     IN_DRAM,
     Steps,
@@ -59,11 +60,11 @@ def test_bfloat16_state_trains_like_float32_state(tmp_path: Path) -> None:
     model = subject("llama")
     steps = repeated(model.vocabulary, 12)
     runs = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        rule = AdamW(weight_decay=0.1, state_dtype=dtype)
-        this = setup(model, tmp_path / str(dtype), steps, clip_norm=0.5, rule=rule)
-        runs[dtype] = train(this, steps, lr=LR)
-    exact, rounded = runs[torch.float32], runs[torch.bfloat16]
+    for codec in (Codec.FP32, Codec.BF16):
+        rule = ChunkRule(weight_decay=0.1, codec=codec)
+        this = setup(model, tmp_path / codec, steps, clip_norm=0.5, rule=rule)
+        runs[codec] = train(this, steps, lr=LR)
+    exact, rounded = runs[Codec.FP32], runs[Codec.BF16]
     assert rounded.losses == pytest.approx(exact.losses, rel=0.01)
     assert rounded.losses[-1] < rounded.losses[0] - 0.3
     apart = distance(rounded.weights, exact.weights).relative
@@ -73,7 +74,7 @@ def test_bfloat16_state_trains_like_float32_state(tmp_path: Path) -> None:
 def test_bfloat16_state_does_not_depend_on_where_it_lives(tmp_path: Path) -> None:
     model = subject("llama_tied")
     steps = batches(model.vocabulary, 4)
-    rule = AdamW(weight_decay=0.1, state_dtype=torch.bfloat16, seed=3)
+    rule = ChunkRule(weight_decay=0.1, codec=Codec.BF16, seed=3)
     runs = [
         train(setup(model, tmp_path / "ssd", steps, rule=rule), steps),
         train(setup(model, tmp_path / "mix", steps, rule=rule, residence=lambda x: scattered(x, 5)), steps),
@@ -81,7 +82,7 @@ def test_bfloat16_state_does_not_depend_on_where_it_lives(tmp_path: Path) -> Non
     ]
     for other in runs[1:]:
         assert_same(other.weights, runs[0].weights)
-    another = AdamW(weight_decay=0.1, state_dtype=torch.bfloat16, seed=4)
+    another = ChunkRule(weight_decay=0.1, codec=Codec.BF16, seed=4)
     other = train(setup(model, tmp_path / "seed", steps, rule=another), steps)
     assert distance(other.weights, runs[0].weights).largest > 0
 

@@ -15,7 +15,7 @@ from memopt.offload.homes import Homes, as_bytes, gradient_name
 from memopt.offload.layout import Layout, ParameterSpec, build_layout
 from memopt.offload.rows import CompactEmbedding, RowReader
 from memopt.offload.storage import create_scratch, create_state, fill_state
-from memopt.optim.adamw import AdamW
+from memopt.optim.chunked import ChunkRule
 from memopt.plan_types import Residence
 from memopt.store.extents import TensorSpec
 from memopt.store.regions import Region
@@ -24,6 +24,7 @@ from memopt.tiers import Tier
 from tests.offload_helpers import IN_DRAM, one_thread  # noqa: F401
 
 ROWS = 3000
+RULE = ChunkRule()
 
 
 def table_of(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -31,12 +32,12 @@ def table_of(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def layout_of(rows: int, width: int, tile_rows: int, *, dtype: torch.dtype, trained: bool) -> Layout:
-    block = ParameterSpec("block.w", (4,), torch.float32, True, False)
+    block = ParameterSpec("block.w", (4,), torch.float32, RULE, False)
     return build_layout(
-        embed=ParameterSpec("embed.w", (rows, width), dtype, trained, True),
+        embed=ParameterSpec("embed.w", (rows, width), dtype, RULE if trained else None, True),
         head=None,
         blocks=[[block]],
-        rest=[ParameterSpec("norm", (4,), torch.float32, True, False)],
+        rest=[ParameterSpec("norm", (4,), torch.float32, RULE, False)],
         tile_rows=tile_rows,
     )
 
@@ -63,9 +64,8 @@ def test_rows_from_ssd_equal_rows_from_dram(
     table = table_of(ROWS, width, dtype)
     layout = layout_of(ROWS, width, tile_rows, dtype=dtype, trained=trained)
     values = {"embed.w": table, "block.w": torch.zeros(4), "norm": torch.zeros(4)}
-    rule = AdamW()
-    with IoPool(2) as pool, create_state(tmp_path / "state", layout, rule, pool, {}) as store:
-        fill_state(store, layout, rule, lambda names: {n: values[n] for n in names}, {})
+    with IoPool(2) as pool, create_state(tmp_path / "state", layout, pool, {}) as store:
+        fill_state(store, layout, lambda names: {n: values[n] for n in names}, {})
         for where in (Residence(), IN_DRAM):
             ledger = Ledger(Budget())
             homes = Homes(
@@ -74,7 +74,6 @@ def test_rows_from_ssd_equal_rows_from_dram(
                 store,
                 None,
                 ledger,
-                rule,
                 hold_gradients=frozenset(),
                 pin=False,
             )
@@ -103,7 +102,7 @@ def test_gradient_rows_are_read_where_they_were_spilled(width: int, tmp_path: Pa
             for tier in (Tier.SSD, Tier.DRAM):
                 ledger = Ledger(Budget())
                 where = {u.name: Residence(gradient=tier) for u in layout.units}
-                homes = Homes(layout, where, None, scratch, ledger, None, hold_gradients=held, pin=False)
+                homes = Homes(layout, where, None, scratch, ledger, hold_gradients=held, pin=False)
                 reader = RowReader(homes, ledger)
                 for unit in layout.embed:
                     part = table[slice(*unit.rows)].flatten()

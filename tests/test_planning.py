@@ -17,7 +17,14 @@ from memopt.machine import Machine
 from memopt.offload.costs import JobSizes
 from memopt.offload.layout import Layout, ParameterSpec, build_layout
 from memopt.offload.storage import state_bytes
-from memopt.optim.adamw import AdamW
+from memopt.optim.chunked import ChunkRule
+from memopt.optim.codecs import Codec
+from memopt.optim.items import Route, RoutedPart
+from memopt.optim.matrix_rule import MatrixRule
+from memopt.optim.parts import Part
+from memopt.optim.presets import Policy
+from memopt.optim.roles import Role
+from memopt.optim_types import UpdateRule
 from memopt.patches.hf_checkpoint import build_skeleton, decay_names
 from memopt.patches.hf_model import HFLayeredModel
 from memopt.plan_types import Infeasible, Plan, Residence
@@ -28,13 +35,35 @@ from tests.offload_helpers import config_of, one_thread  # noqa: F401
 
 HOST = Machine(name="host", ssd_read_per_s=2 * GiB, ssd_write_per_s=GiB, ssd_endurance_bytes=600 * 10**12)
 RUNTIME = 300 * MiB
+ADAMW = ChunkRule()
 
 
-def llama_like(layers: int, width: int, vocabulary: int, *, tied: bool = False) -> Callable[[int], Layout]:
+RuleOf = Callable[[str, tuple[int, ...]], UpdateRule]
+
+
+def all_adamw(name: str, shape: tuple[int, ...]) -> UpdateRule:
+    return ADAMW
+
+
+def all_bfloat16(name: str, shape: tuple[int, ...]) -> UpdateRule:
+    return ChunkRule(codec=Codec.BF16)
+
+
+def muon(name: str, shape: tuple[int, ...]) -> UpdateRule:
+    """For the matrices of blocks, with AdamW for the rest."""
+    if len(shape) < 2 or not name.startswith("b"):
+        return ADAMW
+    part = RoutedPart(Part(role=Role.OTHER), Policy(rule="muon", nesterov=True))
+    return MatrixRule(route=Route(name, (part,), shape))
+
+
+def llama_like(
+    layers: int, width: int, vocabulary: int, *, tied: bool = False, rule: RuleOf = all_adamw
+) -> Callable[[int], Layout]:
     """The shapes of a Llama, without a model."""
 
     def spec(name: str, *shape: int) -> ParameterSpec:
-        return ParameterSpec(name, shape, torch.float32, True, len(shape) > 1)
+        return ParameterSpec(name, shape, torch.float32, rule(name, shape), len(shape) > 1)
 
     def block(i: int) -> list[ParameterSpec]:
         square = [spec(f"b{i}.{p}", width, width) for p in "qkvo"]
@@ -55,11 +84,16 @@ def llama_like(layers: int, width: int, vocabulary: int, *, tied: bool = False) 
 
 
 def job_of(
-    layers: int = 6, width: int = 512, vocabulary: int = 16000, *, tied: bool = False, **changes: Any
+    layers: int = 6,
+    width: int = 512,
+    vocabulary: int = 16000,
+    *,
+    tied: bool = False,
+    rule: RuleOf = all_adamw,
+    **changes: Any,
 ) -> FinetuneJob:
     """About 28M parameters in blocks of 13 MiB; fields of the job or of its sizes can be changed."""
     sizes = JobSizes(
-        rule=AdamW(),
         clips=True,
         tokens=512,
         width=width,
@@ -73,7 +107,7 @@ def job_of(
     own = {k: changes.pop(k) for k in list(changes) if k in FinetuneJob.__dataclass_fields__}
     job = FinetuneJob(
         sizes=replace(sizes, **changes),
-        layout_of=llama_like(layers, width, vocabulary, tied=tied),
+        layout_of=llama_like(layers, width, vocabulary, tied=tied, rule=rule),
         rows=vocabulary,
         row_bytes=4 * width,
         steps=1000,
@@ -98,7 +132,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "fused": {"clips": False},
     "tied": {"tied": True},
     "tied, fused": {"tied": True, "clips": False},
-    "bfloat16 state": {"rule": AdamW(state_dtype=torch.bfloat16)},
+    "bfloat16 state": {"rule": all_bfloat16},
+    "matrices": {"rule": muon},
+    "matrices, fused": {"rule": muon, "clips": False},
     "large vocabulary": {"vocabulary": 100_000, "layers": 3},
 }
 
@@ -190,7 +226,7 @@ def test_an_ssd_that_is_too_small_is_refused() -> None:
         plan(job, dram, ssd_bytes=100 * MiB)
     enough = caught.value.smallest_bytes
     assert caught.value.tier == Tier.SSD
-    assert enough > state_bytes(job.layout_of(16000), job.sizes.rule)
+    assert enough > state_bytes(job.layout_of(16000))
     assert plan(job, dram, ssd_bytes=enough).predicted[Tier.DRAM].total_bytes <= dram
     with pytest.raises(Infeasible):
         plan(job, dram, ssd_bytes=enough - 1)
@@ -243,6 +279,15 @@ def test_a_gpu_budget_is_kept_and_refused_by_its_own_name() -> None:
     assert plan(job, 8 * GiB, gpu_bytes=enough).predicted[Tier.GPU].total_bytes <= enough
 
 
+def test_more_than_three_ring_buffers_are_for_chunks() -> None:
+    """Each holds gradient, weights and state of the largest matrix, 27 MiB each here."""
+    wide = {"width": 1536, "vocabulary": 4000, "layers": 3}
+    matrices, chunks = (plan(job_of(**wide, **KINDS[k]), 1200 * MiB) for k in ("matrices", "clipped"))
+    assert on_ssd(matrices) == on_ssd(chunks) == {Tier.DRAM, Tier.SSD}
+    assert (matrices.ring_buffers, chunks.ring_buffers) == (3, 8)
+    assert any("21 matrices are updated as a whole, on the CPU" in reason for reason in matrices.reasons)
+
+
 # -- depth
 
 
@@ -259,8 +304,10 @@ def test_the_smallest_budget_of_real_models_does_not_depend_on_depth() -> None:
         skeleton = build_skeleton(config)
         layered, decay = HFLayeredModel(skeleton), decay_names(skeleton)
 
+        rules = dict.fromkeys((name for name, _ in skeleton.named_parameters()), ADAMW)
+
         def layout_of(tile_rows: int) -> Layout:
-            return model_layout(layered, decay=decay, dtypes={}, tile_rows=tile_rows)
+            return model_layout(layered, decay=decay, dtypes={}, rules=rules, tile_rows=tile_rows)
 
         ids = torch.zeros(2, 64, dtype=torch.long)
         costs = model_costs(layered, layout_of(10**9), {"input_ids": ids}, torch.float32)

@@ -184,7 +184,7 @@ def test_none_leaves_an_option_as_it_is() -> None:
     [
         ("adamw", "int8", {"q": "adamw int8", "head": "adamw int8", "embedding": "adamw", "norm": "adamw"}),
         ("muon", "int8", {"q": "muon int8_linear", "head": "adamw int8", "embedding": "adamw"}),
-        ("muon", torch.bfloat16, {"q": "muon bfloat16", "head": "adamw bfloat16", "norm": "adamw"}),
+        ("muon", torch.bfloat16, {"q": "muon bfloat16", "head": "adamw bfloat16", "norm": "adamw bfloat16"}),
         ("adamw8bit", "float32", {"q": "adamw", "head": "adamw"}),
         ("lion", "bfloat16", {"q": "lion bfloat16"}),
     ],

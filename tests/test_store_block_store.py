@@ -74,7 +74,8 @@ def store(tmp_path: Path, pool: IoPool) -> Iterator[BlockStore]:
 
 
 def make(directory: Path, pool: IoPool, **changes: Any) -> BlockStore:
-    return BlockStore.create(directory, SPECS, kinds=KINDS, pool=pool, **{"chunk_bytes": CHUNK, **changes})
+    settings = {"specs": SPECS, "kinds": KINDS, "chunk_bytes": CHUNK, **changes}
+    return BlockStore.create(directory, pool=pool, **settings)
 
 
 def pattern(seed: int, nbytes: int) -> bytes:
@@ -513,9 +514,38 @@ def test_names_that_cannot_be(name: str) -> None:
         TensorSpec(name, "weights", 1)
 
 
+def test_a_tensor_may_have_chunks_of_its_own(tmp_path: Path, pool: IoPool, region: Region) -> None:
+    """For records that are no multiple of the store's chunks: writes start where theirs do, and so do checksums."""
+    size = 2 * 4096
+    specs = [TensorSpec("a", "weights", 5 * 4096, chunk_bytes=size), TensorSpec("b", "weights", CHUNK + 4096)]
+    with make(tmp_path / "s", pool, specs=specs) as store:
+        assert (store.chunk_bytes_of("a"), store.chunk_bytes_of("b")) == (size, CHUNK)
+        content = pattern(3, 5 * 4096)
+        for start in range(0, len(content), size):
+            put(store, region, "a", content[start : start + size], start)
+        put(store, region, "b", pattern(4, CHUNK + 4096))
+        with pytest.raises(StoreMisaligned):
+            store.write("a", region.view[:4096], 4096)
+        store.commit().wait()
+    with BlockStore.open(tmp_path / "s", pool) as store:
+        assert store.chunk_bytes_of("a") == size
+        region.view[: len(content)] = bytes(len(content))
+        store.read("a", region.view[: len(content)]).wait()
+        assert bytes(region.view[: len(content)]) == content
+    raw = bytearray((tmp_path / "s" / "weights.bin").read_bytes())
+    raw[raw.find(content) + 3 * 4096] ^= 1
+    (tmp_path / "s" / "weights.bin").write_bytes(raw)
+    with BlockStore.open(tmp_path / "s", pool) as store:
+        store.read("a", region.view[:size]).wait()
+        with pytest.raises(StoreCorrupt, match="'a': the 8192 bytes at "):
+            store.read("a", region.view[:size], size).wait()
+
+
 def test_specs_that_cannot_be(tmp_path: Path, pool: IoPool) -> None:
     with pytest.raises(BadInput, match="0 bytes"):
         TensorSpec("a", "weights", 0)
+    with pytest.raises(BadInput, match="'a': chunk_bytes is 5000; it must be a positive multiple of 4096"):
+        TensorSpec("a", "weights", 1, chunk_bytes=5000)
     with pytest.raises(BadInput, match="versions is 3"):
         KindPolicy(versions=3)
     spec = TensorSpec("a", "weights", 1)

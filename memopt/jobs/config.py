@@ -17,6 +17,8 @@ from memopt.jobs.fields import accepts_aliases, coerce, setting, unknown_name
 from memopt.units import parse_bytes
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+OPTIMIZER_OPTIONS = ("momentum", "rank", "update_proj_gap", "proj_scale", "proj_type")
+"""Settings that only some optimizers have a use for."""
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}
 
 # Hugging Face's (Trainer, peft, trl) names for the same things.
@@ -115,20 +117,59 @@ class FinetuneConfig:
         "What the drive is rated to take in its life: 600TB.", "Memory", None, metavar="SIZE", shown="unknown"
     )
 
-    optimizer: Literal["adamw"] = setting(
-        "The update rule.",
+    optimizer: Literal[
+        "adamw", "adamw8bit", "lion", "lion8bit", "sgd", "galore", "galore8bit", "galore_muon", "muon", "muon_vo_ffn",
+        "muon8bit",
+    ] = setting(
+        "The preset: which update rule, projection and state type which parameters get.",
         "Optimizer",
         "adamw",
         fixed=True,
-        synonyms={"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
+        synonyms={
+            "adamw_torch": "adamw",
+            "adamw_torch_fused": "adamw",
+            "adamw_8bit": "adamw8bit",
+            "adamw_bnb_8bit": "adamw8bit",
+            "lion_32bit": "lion",
+            "lion_8bit": "lion8bit",
+            "galore_adamw": "galore",
+            "galore_adamw_8bit": "galore8bit",
+        },
+    )  # fmt: skip
+    optim_state_dtype: Literal["float32", "bfloat16", "int8"] | None = setting(
+        "Type of the optimizer's state, except for embeddings, norms and biases (float32); bfloat16 is rounded "
+        "stochastically.",
+        "Optimizer",
+        None,
+        shown="the preset's",
+        fixed=True,
+        synonyms={"fp32": "float32", "bf16": "bfloat16"},
     )
-    optim_state_dtype: Literal["float32", "bfloat16"] = setting(
-        "Type of the moments; bfloat16 (stochastic rounding) halves their traffic.", "Optimizer", "float32", fixed=True
+    momentum: float | None = setting(
+        "Of Muon and SGD.", "Optimizer", None, shown="0.95 of Muon, 0.9 of SGD", fixed=True
+    )
+    rank: int | None = setting(
+        "Directions that GaLore keeps of a gradient matrix.", "Optimizer", None, shown="128", fixed=True
+    )
+    update_proj_gap: int | None = setting(
+        "Steps between two looks of GaLore for the subspace.", "Optimizer", None, shown="200", fixed=True
+    )
+    proj_scale: float | None = setting(
+        "Factor of GaLore's updates (alpha).", "Optimizer", None, shown="0.25", fixed=True
+    )
+    proj_type: Literal["std", "reverse_std", "left", "right", "full"] | None = setting(
+        "Which side of a matrix GaLore projects.", "Optimizer", None, shown="std: the shorter one", fixed=True
     )
     lr: float = setting("Learning rate.", "Optimizer", 5e-5, fixed=True)
     weight_decay: float = setting("Decoupled weight decay; biases and norms have none.", "Optimizer", 0.0, fixed=True)
-    beta1: float = setting("Decay of the first moment.", "Optimizer", 0.9, fixed=True)
-    beta2: float = setting("Decay of the second moment.", "Optimizer", 0.999, fixed=True)
+    beta1: float | None = setting("Decay of the first moment.", "Optimizer", None, shown="0.9", fixed=True)
+    beta2: float | None = setting(
+        "Decay of the second moment.",
+        "Optimizer",
+        None,
+        shown="0.999; 0.95 beside Muon, 0.99 of Lion",
+        fixed=True,
+    )
     eps: float = setting("Term that keeps the division finite.", "Optimizer", 1e-8, fixed=True)
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = setting(
         "Learning rate: constant, constant_with_warmup, linear or cosine.",
@@ -257,15 +298,18 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_numbers(config: FinetuneConfig) -> None:
     for name in ("seq_len", "grad_accum", "lora_rank"):
         _require(getattr(config, name) >= 1, name, getattr(config, name), "give a whole number of at least 1")
-    for name in ("max_steps", "eval_every", "save_every"):
+    for name in ("max_steps", "eval_every", "save_every", "rank", "update_proj_gap"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, value, "give a whole number of at least 1, or leave it out")
     if config.batch_size != "auto":
         _require(config.batch_size >= 1, "batch_size", config.batch_size, "give at least 1, or auto")
     for name in ("lr", "weight_decay", "max_grad_norm", "lora_alpha", "warmup_steps"):
         _require(getattr(config, name) >= 0, name, getattr(config, name), "give a number of at least 0")
-    for name in ("beta1", "beta2", "lora_dropout"):
-        _require(0 <= getattr(config, name) < 1, name, getattr(config, name), "give a number from 0 to below 1")
+    for name in ("beta1", "beta2", "momentum", "lora_dropout"):
+        value = getattr(config, name)
+        _require(value is None or 0 <= value < 1, name, value, "give a number from 0 to below 1")
+    scale = config.proj_scale
+    _require(scale is None or scale > 0, "proj_scale", scale, "give a positive number; 1 to 4 is usual to fine-tune")
     _require(config.eps > 0, "eps", config.eps, "give a small positive number such as 1e-8")
     _require(config.epochs > 0, "epochs", config.epochs, "give a positive number")
     _require(0 <= config.seed < 2**63, "seed", config.seed, "give a whole number from 0 to 2**63 - 1")
@@ -301,6 +345,10 @@ def _check_together(config: FinetuneConfig) -> None:
         raise BadInput(f"eval_every = {config.eval_every} without eval_data: name the held-out data, or leave it out")
     if config.ssd is not None and config.offload_dir is None:
         raise BadInput(f"ssd = {config.ssd!r} without offload_dir: name a directory on the SSD")
+    if any(getattr(config, name) is not None for name in OPTIMIZER_OPTIONS):
+        from memopt.jobs.rules import require_effect  # imports torch
+
+        require_effect(config)
     if config.init == "random" and config.method == "lora":
         raise BadInput("init = 'random' with method = 'lora': adapters cannot save random weights; use one")
 

@@ -162,7 +162,7 @@ class _Run:
             "skipped_steps": self.skipped,
             "parameters": self.layout.params,
             "frozen_parameters": self.layout.frozen_params,
-            "training_state_bytes": training_state_bytes(self.prepared, self.layout),
+            "training_state_bytes": training_state_bytes(self.layout),
             "step_s_median": sorted(self.step_times)[len(self.step_times) // 2] if self.step_times else None,
             "output": config.output,
             "plan": self.plan.to_dict(),
@@ -191,7 +191,7 @@ class _Run:
     def _stores(self, stack: ExitStack) -> tuple[BlockStore | None, BlockStore | None]:
         if self.directory is None:
             return None, None
-        prepared, plan, rule = self.prepared, self.plan, self.prepared.rule
+        prepared, plan = self.prepared, self.plan
         identity = prepared.identity(self.layout)
         if self.saved is not None:
             require_same_run(self.directory, self.saved, identity)
@@ -199,7 +199,7 @@ class _Run:
             self.progress.note(f"resuming after step {store.meta['step']} of {prepared.steps.total}")
         else:
             self.directory.remember(self.config.to_dict())
-            store = stack.enter_context(create_state(self.directory.state, self.layout, rule, self.pool, {}))
+            store = stack.enter_context(create_state(self.directory.state, self.layout, self.pool, {}))
         if not store.direct:
             self.notes.append(f"the page cache is used: {store.why_not_direct}")
         specs = scratch_specs(
@@ -218,7 +218,7 @@ class _Run:
         if self.saved is None:  # all space is reserved by now: a full disk is known before the long part
             total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
             with self.session.phase("load"), self.progress.work("loading the model", total) as work:
-                fill_state(store, self.layout, rule, prepared.model.read, self._meta(identity, 0, 0), work.advance)
+                fill_state(store, self.layout, prepared.model.read, self._meta(identity, 0, 0), work.advance)
         return store, scratch
 
     def _engine(self, store: BlockStore | None, scratch: BlockStore | None) -> Engine:
@@ -240,7 +240,6 @@ class _Run:
             store,
             scratch,
             self.ledger,
-            prepared.rule,
             settings,
             initial=prepared.model.read,
             progress=Done(int(meta.get("step", 0)), int(meta.get("updates", 0))),
@@ -327,9 +326,9 @@ class _Run:
             )
 
 
-def training_state_bytes(prepared: Prepared, layout: Layout) -> int:
+def training_state_bytes(layout: Layout) -> int:
     """Weights, gradients and optimizer state, frozen weights included: what would have to be in memory."""
-    return sum(2 * u.master_bytes + prepared.rule.record_bytes(u.numel) + u.frozen_bytes for u in layout.units)
+    return sum(2 * u.master_bytes + u.record_bytes + u.frozen_bytes for u in layout.units)
 
 
 @contextmanager

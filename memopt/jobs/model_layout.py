@@ -11,19 +11,29 @@ import torch
 from memopt.errors import BadInput
 from memopt.offload.layout import Layout, ParameterSpec, build_layout
 from memopt.offload.model import Binder, LayeredModel
+from memopt.optim_types import UpdateRule
 
 
-def model_layout(model: LayeredModel, *, decay: set[str], dtypes: Mapping[str, torch.dtype], tile_rows: int) -> Layout:
+def model_layout(
+    model: LayeredModel,
+    *,
+    decay: set[str],
+    dtypes: Mapping[str, torch.dtype],
+    rules: Mapping[str, UpdateRule],
+    tile_rows: int,
+) -> Layout:
     """Units of a model whose parameters are meta placeholders.
 
-    `dtypes` has the stored dtype of frozen parameters; whatever has no gradient (`requires_grad` False) is frozen.
+    `dtypes` has the stored dtype of frozen parameters, `rules` the rule of trained ones; whatever has no gradient
+    (`requires_grad` False) is frozen.
     """
     binder = Binder(model.module)
     params = dict(model.module.named_parameters())
 
     def spec(name: str) -> ParameterSpec:
         p = params[name]
-        return ParameterSpec(name, tuple(p.shape), dtypes.get(name, p.dtype), p.requires_grad, name in decay)
+        rule = rules[name] if p.requires_grad else None
+        return ParameterSpec(name, tuple(p.shape), dtypes.get(name, p.dtype), rule, name in decay)
 
     embed = binder.name_of(model.embedding.weight)
     head = binder.name_of(model.head.weight)
@@ -47,5 +57,5 @@ def model_layout(model: LayeredModel, *, decay: set[str], dtypes: Mapping[str, t
 
 def layout_digest(layout: Layout) -> str:
     """Equal for equal names, shapes, stored types and decay groups of all parameters, and equal units."""
-    pieces = [(p.name, p.shape, str(p.dtype), p.decay) for u in layout.units for p in (*u.trained, *u.frozen)]
+    pieces = [sorted((p.name, p.shape, str(p.dtype), p.decay) for p in (*u.trained, *u.frozen)) for u in layout.units]
     return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=12).hexdigest()

@@ -13,6 +13,7 @@ from memopt.errors import BadInput
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.model_layout import model_layout
 from memopt.jobs.progress import Progress
+from memopt.jobs.rules import Rules, update_rules
 from memopt.offload.layout import Layout
 from memopt.offload.model import Binder
 from memopt.patches.hf_checkpoint import (
@@ -37,13 +38,16 @@ class OpenedModel:
     decay: set[str]
     dtypes: Mapping[str, torch.dtype]
     """As stored in the checkpoint, by parameter name."""
+    rules: Rules
     read: Callable[[list[str]], Mapping[str, torch.Tensor]]
     write: Callable[[Path, Callable[[str], torch.Tensor], Callable[[int, int], None]], None]
     notes: tuple[str, ...] = ()
 
     def layout(self, tile_rows: int) -> Layout:
         """Units with tables cut into tiles of at most this many rows."""
-        return model_layout(self.layered, decay=self.decay, dtypes=self.dtypes, tile_rows=tile_rows)
+        return model_layout(
+            self.layered, decay=self.decay, dtypes=self.dtypes, rules=self.rules.of, tile_rows=tile_rows
+        )
 
     @property
     def table_shape(self) -> tuple[int, int]:
@@ -111,6 +115,7 @@ def open_model(config: FinetuneConfig, source: str, compute_dtype: torch.dtype, 
             source=source,
             decay=decay_names(adapted.module),
             dtypes={n: dtypes[adapted.base(n)] for n, p in adapted.module.named_parameters() if not p.requires_grad},
+            rules=update_rules(config, adapted.module),
             read=lambda names: adapted.read(names, reader.read, config.seed),
             write=lambda directory, tensors, progress: adapted.write(directory, tensors, tokenizer),
             notes=tuple(notes),
@@ -123,6 +128,7 @@ def open_model(config: FinetuneConfig, source: str, compute_dtype: torch.dtype, 
         source=source,
         decay=decay,
         dtypes=dtypes,
+        rules=update_rules(config, module),
         read=read,
         write=write_full,
         notes=tuple(notes),

@@ -26,7 +26,6 @@ from memopt.offload.costs import JobSizes
 from memopt.offload.heap import settle_heap, trim_heap
 from memopt.offload.layout import Layout
 from memopt.offload.model import Batch
-from memopt.optim.adamw import AdamW
 from memopt.patches.hf_checkpoint import load_config
 from memopt.plan_types import Infeasible, Plan
 from memopt.planning.finetune import FinetuneJob, plan_finetune
@@ -48,7 +47,6 @@ class Prepared:
     eval_steps: PackedSteps | None
     tokenizer: Any
     limits: Limits
-    rule: AdamW
     costs: ModelCosts
     notes: tuple[str, ...]
 
@@ -96,7 +94,6 @@ class Prepared:
         rows, width = self.model.table_shape
         micro_batches = max(1, self.steps.max_tokens // self.steps.largest()["input_ids"].numel())
         sizes = JobSizes(
-            rule=self.rule,
             clips=self.config.max_grad_norm > 0,
             tokens=self.steps.max_tokens,
             width=self.costs.width,
@@ -115,6 +112,8 @@ class Prepared:
             return layouts[tile_rows]
 
         threads = torch.get_num_threads()
+        # one thread keeps up with element-wise updates; Newton-Schulz takes more work than a step of few tokens
+        alone = not sizes.on_gpu and not any(rule.whole for rule in self.model.rules.of.values())
         return FinetuneJob(
             sizes=sizes,
             layout_of=layout_of,
@@ -124,7 +123,7 @@ class Prepared:
             offload=offload,
             save_every=self.config.save_every,
             compute_threads=threads,
-            update_threads=threads if sizes.on_gpu else 1,
+            update_threads=1 if alone else threads,
             kept=kept,
         )
 
@@ -181,15 +180,7 @@ def prepare_job(
         )
     if costs.estimated:
         notes.append("one kind of block cannot be followed without values: its activations are estimated, generously")
-    rule = AdamW(
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        state_dtype=getattr(torch, config.optim_state_dtype),
-        seed=config.seed,
-    )
-    notes.append(f"optimizer state in {config.optim_state_dtype}, master weights in float32")
+    notes += model.rules.notes
     return Prepared(
         config=config,
         model=model,
@@ -197,7 +188,6 @@ def prepare_job(
         eval_steps=eval_steps,
         tokenizer=tokenizer,
         limits=limits,
-        rule=rule,
         costs=costs,
         notes=tuple(notes),
     )

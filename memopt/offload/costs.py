@@ -11,8 +11,7 @@ from memopt.offload.activations import buffer_count, layer_bytes
 from memopt.offload.gradients import held_units
 from memopt.offload.layout import CHUNK, Layout, Unit, UnitKind
 from memopt.offload.rows import BOUNCE_BYTES, row_bytes
-from memopt.offload.updater import ring_bytes
-from memopt.optim_types import UpdateRule
+from memopt.offload.updater import ring_bytes, update_scratch_bytes
 from memopt.plan_types import Residence
 from memopt.tiers import Category, Tier
 
@@ -25,7 +24,6 @@ softmax."""
 class JobSizes:
     """One training job in numbers. `layout` depends on the tile and is passed beside."""
 
-    rule: UpdateRule
     clips: bool
     tokens: int
     """Per optimizer step, all micro-batches."""
@@ -59,11 +57,7 @@ def memory(job: JobSizes, layout: Layout, choice: Choice) -> dict[Tier, dict[Cat
     """Peak bytes per tier and category. Phases that never coincide count once, with the larger."""
     held = {u.name for u in held_units(layout, clips=job.clips)}
     weights = _resident_weights(layout, choice)
-    optimizer = sum(
-        job.rule.record_bytes(u.numel)
-        for u in layout.units
-        if u.trained and choice.residence[u.name].moments == Tier.DRAM
-    )
+    optimizer = sum(u.record_bytes for u in layout.units if choice.residence[u.name].moments == Tier.DRAM)
     gradients = sum(u.master_bytes for u in layout.units if _gradient_in_dram(u, choice, held))
     for units, slots, grad_slots in (
         (layout.blocks, choice.block_slots, choice.gradient_slots),
@@ -86,7 +80,7 @@ def memory(job: JobSizes, layout: Layout, choice: Choice) -> dict[Tier, dict[Cat
         Category.GRADIENTS: gradients,
         Category.OPTIMIZER: optimizer,
         Category.ACTIVATIONS: kept,
-        Category.BUFFERS: _buffers(job, layout, choice, held),
+        Category.BUFFERS: _buffers(job, layout, choice),
     }
     gpu: dict[Category, int] = {}
     if job.on_gpu:
@@ -113,8 +107,9 @@ class Traffic:
 def traffic(job: JobSizes, layout: Layout, choice: Choice, save_every: int) -> Traffic:
     """What one step reads from and writes to the SSD (saves of what lives in DRAM spread over the steps between them).
 
-    Everything on SSD, float32, without clipping: 16 bytes read (weights twice, weights are in the slot when the moments
-    come) and 12 written per parameter. With exact clipping the gradient is written and read once more: 20 and 16.
+    AdamW with everything on SSD, float32, without clipping: 16 bytes read (weights twice, weights are in the slot when
+    the moments come) and 12 written per parameter. With exact clipping the gradient is written and read once more: 20
+    and 16.
     """
     held = {u.name for u in held_units(layout, clips=job.clips)}
     read = write = 0
@@ -133,7 +128,7 @@ def traffic(job: JobSizes, layout: Layout, choice: Choice, save_every: int) -> T
             read += streamed if unit.trained else 0  # the update passes the table through the ring
         if not unit.trained:
             continue
-        moments = job.rule.record_bytes(unit.numel)
+        moments = unit.record_bytes
         on_ssd = where.moments == Tier.SSD
         read += moments if on_ssd else 0
         write += moments if on_ssd else moments // save_every
@@ -181,15 +176,10 @@ def _working(job: JobSizes, layout: Layout, choice: Choice) -> tuple[int, int]:
     return activations, copies
 
 
-def _buffers(job: JobSizes, layout: Layout, choice: Choice, held: set[str]) -> int:
-    ring = any(
-        Tier.SSD in (choice.residence[u.name].weights, choice.residence[u.name].moments)
-        or (u.name in held and choice.residence[u.name].gradient == Tier.SSD)
-        for u in layout.units
-        if u.trained
-    )
+def _buffers(job: JobSizes, layout: Layout, choice: Choice) -> int:
+    ring = choice.ring_buffers * ring_bytes(layout, choice.residence, clips=job.clips)
     # rows of a tied table's gradient are read for its norm
     rows_on_ssd = job.clips and layout.tied and any(choice.residence[u.name].gradient == Tier.SSD for u in layout.embed)
     bounce = BOUNCE_BYTES if rows_on_ssd or any(_streamed(u, choice) for u in layout.embed) else 0
     zeros = 4 * CHUNK if layout.embed[0].trained and not layout.tied else 0
-    return ring_bytes(job.rule) * (choice.ring_buffers if ring else 1) + job.rule.scratch_bytes(CHUNK) + bounce + zeros
+    return ring + update_scratch_bytes(layout) + bounce + zeros

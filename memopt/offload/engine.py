@@ -10,25 +10,20 @@ from typing import Any
 
 import torch
 
-from memopt.errors import MemoptError
+from memopt.errors import MemoptError, NonFinite
 from memopt.ledger import Ledger
-from memopt.offload.homes import as_bytes, moments_name, weights_name
+from memopt.offload.homes import record_parts, weight_parts
 from memopt.offload.layout import Layout
 from memopt.offload.model import Batch, LayeredModel
 from memopt.offload.parts import EngineSettings, Parts
 from memopt.offload.pending import Pending, Progress, Updates
 from memopt.offload.step import StepRun
 from memopt.offload.updater import StepTerms
-from memopt.optim_types import UpdateRule
 from memopt.plan_types import Plan
 from memopt.store.block_store import BlockStore
 from memopt.store.transfer import Transfer
 
-__all__ = ["Engine", "EngineSettings", "NonFinite", "Progress", "StepResult"]
-
-
-class NonFinite(MemoptError):
-    """The loss or the gradient norm of a step is NaN or infinite. The state of the last save is intact."""
+__all__ = ["Engine", "EngineSettings", "Progress", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,6 @@ class Engine:
         store: BlockStore | None,
         scratch: BlockStore | None,
         ledger: Ledger,
-        rule: UpdateRule,
         settings: EngineSettings,
         *,
         initial: Callable[[list[str]], Mapping[str, torch.Tensor]] | None = None,
@@ -68,7 +62,7 @@ class Engine:
         """
         self.store, self.settings = store, settings
         self.progress = progress or Progress()
-        self._parts = Parts(model, layout, plan, store, scratch, ledger, rule, settings, initial)
+        self._parts = Parts(model, layout, plan, store, scratch, ledger, settings, initial)
         self._updates = Updates(self._parts, store, about or {})
         self._changed = False
         self._broken: str | None = None
@@ -142,9 +136,9 @@ class Engine:
         for unit in self._parts.layout.units:
             home = self._parts.homes[unit]
             if home.weights is not None and unit.trained:
-                writes.append(self.store.write(weights_name(unit), as_bytes(home.weights)))
+                writes += [self.store.write(*part) for part in weight_parts(unit, home.weights)]
             if home.moments is not None:
-                writes.append(self.store.write(moments_name(unit), as_bytes(home.moments)))
+                writes += [self.store.write(*part) for part in record_parts(unit, home.moments)]
         Transfer.all(writes).wait()
         self._updates.commit(self.progress)
         self._parts.updater.drain()

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from memopt.ledger import Lease, Ledger
-from memopt.offload.layout import Layout, Piece, Unit
-from memopt.optim_types import UpdateRule
+from memopt.offload.layout import Layout, Piece, Segment, Unit
 from memopt.plan_types import Residence
 from memopt.store.block_store import BlockStore
-from memopt.store.extents import CHUNK_BYTES
 from memopt.store.regions import Region
 from memopt.store.transfer import Transfer
 from memopt.tiers import Category, Tier
 
 
-def weights_name(unit: Unit) -> str:
-    return f"{unit.name}.weights"
+def weights_name(segment: Segment) -> str:
+    return f"{segment.name}.weights"
+
+
+def moments_name(segment: Segment) -> str:
+    return f"{segment.name}.moments"
 
 
 def frozen_name(unit: Unit) -> str:
     return f"{unit.name}.frozen"
-
-
-def moments_name(unit: Unit) -> str:
-    return f"{unit.name}.moments"
 
 
 def gradient_name(unit: Unit) -> str:
@@ -46,7 +44,7 @@ class Home:
     frozen: torch.Tensor | None = None
     """(frozen_bytes,) uint8."""
     moments: torch.Tensor | None = None
-    """Chunk records one after the other, uint8."""
+    """(unit.record_bytes,) uint8: records of the spans one after the other, segment by segment."""
     gradient: torch.Tensor | None = None
     """(numel,) float32, allocated when gradients of this unit are held in DRAM."""
     updating: Transfer | None = None
@@ -81,7 +79,6 @@ class Homes:
         store: BlockStore | None,
         scratch: BlockStore | None,
         ledger: Ledger,
-        rule: UpdateRule | None,
         *,
         hold_gradients: frozenset[str],
         pin: bool,
@@ -97,13 +94,13 @@ class Homes:
             where = residence[unit.name]
             if where.weights == Tier.DRAM:
                 if unit.trained:
-                    home.weights = self._allocate(Category.WEIGHTS, unit.master_bytes, weights_name(unit)).view(
+                    home.weights = self._allocate(Category.WEIGHTS, unit.master_bytes, f"{unit.name}.weights").view(
                         torch.float32
                     )
                 if unit.frozen:
                     home.frozen = self._allocate(Category.WEIGHTS, unit.frozen_bytes, frozen_name(unit))
-            if where.moments == Tier.DRAM and unit.trained and rule is not None:
-                home.moments = self._allocate(Category.OPTIMIZER, rule.record_bytes(unit.numel), moments_name(unit))
+            if where.moments == Tier.DRAM and unit.record_bytes:
+                home.moments = self._allocate(Category.OPTIMIZER, unit.record_bytes, f"{unit.name}.moments")
             if where.gradient == Tier.DRAM and unit.trained and unit.name in hold_gradients:
                 home.gradient = self._allocate(Category.GRADIENTS, unit.master_bytes, gradient_name(unit)).view(
                     torch.float32
@@ -128,13 +125,14 @@ class Homes:
     def load(self) -> None:
         """Read what lives in DRAM from the store."""
         for home in self._by_name.values():
-            for tensor, name in (
-                (home.weights, weights_name(home.unit)),
-                (home.frozen, frozen_name(home.unit)),
-                (home.moments, moments_name(home.unit)),
-            ):
-                if tensor is not None:
-                    self.store.read(name, as_bytes(tensor)).wait()
+            if home.weights is not None:
+                for name, part in weight_parts(home.unit, home.weights):
+                    self.store.read(name, part).wait()
+            if home.moments is not None:
+                for name, part in record_parts(home.unit, home.moments):
+                    self.store.read(name, part).wait()
+            if home.frozen is not None:
+                self.store.read(frozen_name(home.unit), as_bytes(home.frozen)).wait()
 
     def fill(self, initial: Callable[[list[str]], Mapping[str, torch.Tensor]]) -> None:
         """Everything lives in DRAM: take the weights from `initial`, moments are zero."""
@@ -147,13 +145,10 @@ class Homes:
         wanted = set(names)
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for home in self._by_name.values():
-            for vector, name, nbytes, pieces in (
-                (home.weights, weights_name(home.unit), home.unit.master_bytes, home.unit.trained),
-                (home.frozen, frozen_name(home.unit), home.unit.frozen_bytes, home.unit.frozen),
-            ):
+            for vector, pieces in ((home.weights, home.unit.trained), (home.frozen, home.unit.frozen)):
                 for piece in pieces:
                     if piece.name in wanted:
-                        value = piece.of(vector) if vector is not None else self._read_piece(home, name, nbytes, piece)
+                        value = piece.of(vector) if vector is not None else self._read_piece(home, piece)
                         parts.setdefault(piece.name, []).append((piece.row, value))
         return {
             name: found[0][1] if len(found) == 1 else torch.cat([t for _, t in sorted(found, key=lambda x: x[0])])
@@ -170,14 +165,21 @@ class Homes:
             lease.release()
         self._regions, self._leases = [], []
 
-    def _read_piece(self, home: Home, name: str, nbytes: int, piece: Piece) -> torch.Tensor:
+    def _read_piece(self, home: Home, piece: Piece) -> torch.Tensor:
         """One parameter from SSD, by whole chunks so that their checksums are compared."""
         home.settle()
-        start = piece.offset_bytes // CHUNK_BYTES * CHUNK_BYTES
-        stop = min(-(-(piece.offset_bytes + piece.nbytes) // CHUNK_BYTES) * CHUNK_BYTES, nbytes)
+        if piece.rule is None:
+            name, before, nbytes = frozen_name(home.unit), 0, home.unit.frozen_bytes
+        else:
+            segment = next(s for s in reversed(home.unit.segments) if 4 * s.start <= piece.offset_bytes)
+            name, before, nbytes = weights_name(segment), 4 * segment.start, 4 * segment.numel
+        step = self.store.chunk_bytes_of(name)
+        offset = piece.offset_bytes - before
+        start = offset // step * step
+        stop = min(-(-(offset + piece.nbytes) // step) * step, nbytes)
         region = Region(stop - start)
         self.store.read(name, region.view[: stop - start], start).wait()
-        return replace(piece, offset_bytes=piece.offset_bytes - start).of(region.tensor(torch.uint8, stop - start))
+        return replace(piece, offset_bytes=offset - start).of(region.tensor(torch.uint8, stop - start))
 
     def _allocate(self, category: Category, nbytes: int, what: str) -> torch.Tensor:
         self._leases.append(self._ledger.charge(Tier.DRAM, category, nbytes, what))
@@ -199,6 +201,19 @@ def fill_vectors(
             assert vector is not None
             value = values[piece.name]
             piece.of(vector).copy_(value[piece.row : piece.row + piece.shape[0]] if piece.shape else value)
+
+
+def weight_parts(unit: Unit, weights: torch.Tensor) -> Iterator[tuple[str, memoryview]]:
+    """Names in the store and bytes of a whole master vector (numel,)."""
+    for segment in unit.segments:
+        yield weights_name(segment), as_bytes(weights[segment.start : segment.stop])
+
+
+def record_parts(unit: Unit, moments: torch.Tensor) -> Iterator[tuple[str, memoryview]]:
+    """Names in the store and bytes of all records of a unit (record_bytes,)."""
+    for segment in unit.segments:
+        start = segment.record_start
+        yield moments_name(segment), as_bytes(moments[start : start + segment.record_bytes])
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

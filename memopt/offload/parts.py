@@ -12,14 +12,13 @@ from torch import nn
 from memopt.ledger import Ledger
 from memopt.offload.activations import Activations
 from memopt.offload.gradients import held_units
-from memopt.offload.homes import Home, Homes
+from memopt.offload.homes import Homes
 from memopt.offload.layout import Layout
 from memopt.offload.model import Binder, LayeredModel
 from memopt.offload.rows import RowReader, row_bytes
 from memopt.offload.sink import SinkPool
 from memopt.offload.stream import WeightStream
 from memopt.offload.updater import Updater, ring_bytes
-from memopt.optim_types import UpdateRule
 from memopt.plan_types import Plan
 from memopt.store.block_store import BlockStore
 from memopt.store.buffers import BufferPool
@@ -56,7 +55,6 @@ class Parts:
         store: BlockStore | None,
         scratch: BlockStore | None,
         ledger: Ledger,
-        rule: UpdateRule,
         settings: EngineSettings,
         initial: Initial | None,
     ):
@@ -66,20 +64,18 @@ class Parts:
         pin = settings.device.type == "cuda"
         held = {u.name for u in held_units(layout, clips=settings.clip_norm > 0)}
         with ExitStack() as undo:
-            self.homes = Homes(
-                layout, plan.residence, store, scratch, ledger, rule, hold_gradients=frozenset(held), pin=pin
-            )
+            self.homes = Homes(layout, plan.residence, store, scratch, ledger, hold_gradients=frozenset(held), pin=pin)
             undo.callback(self.homes.close)
             if store is not None:
                 self.homes.load()
             else:
                 assert initial is not None
                 self.homes.fill(initial)
-            needs_ring = any(not _all_in_dram(self.homes[u], held) for u in layout.units if u.trained)
-            count = plan.ring_buffers if needs_ring else 1
-            ring = BufferPool(ring_bytes(rule), count, ledger, Category.BUFFERS, "update ring", pin)
-            undo.callback(ring.close)
-            self.updater = Updater(self.homes, rule, ring, plan.update_threads)
+            ring: BufferPool | None = None
+            if nbytes := ring_bytes(layout, plan.residence, clips=settings.clip_norm > 0):
+                ring = BufferPool(nbytes, plan.ring_buffers, ledger, Category.BUFFERS, "update ring", pin)
+                undo.callback(ring.close)
+            self.updater = Updater(self.homes, ring, plan.update_threads)
             undo.callback(self.updater.close)
             self.stream = WeightStream(
                 self.homes, self.updater, ledger, block_slots=plan.block_slots, head_slots=plan.head_slots, pin=pin
@@ -116,8 +112,3 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
         for name, buffer in child._buffers.items():
             if buffer is not None:
                 child._buffers[name] = buffer.to(device)
-
-
-def _all_in_dram(home: Home, held: set[str]) -> bool:
-    gradient = home.gradient is not None or home.unit.name not in held
-    return home.weights is not None and home.moments is not None and gradient

@@ -48,7 +48,7 @@ class RowReader:
                 out[lo:hi] = table[local].to(dtype)
             else:
                 home.settle()
-                name = weights_name(unit) if unit.trained else frozen_name(unit)
+                name = weights_name(unit.segments[0]) if unit.trained else frozen_name(unit)
                 self._read(self._homes.store, name, unit, local, out[lo:hi])
         return out
 

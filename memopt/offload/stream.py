@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from memopt.ledger import Ledger
-from memopt.offload.homes import Home, Homes, as_bytes, frozen_name, weights_name
+from memopt.offload.homes import Home, Homes, as_bytes, frozen_name, weight_parts
 from memopt.offload.layout import Unit, UnitKind
 from memopt.offload.updater import Update, Updater
 from memopt.store.buffers import Buffer, BufferPool
@@ -140,7 +140,7 @@ class WeightStream:
         if unit.trained and held.home.weights is None:
             held.master = slot.tensor(torch.float32, unit.numel)
             at = unit.master_bytes
-            reads.append(store.read(weights_name(unit), as_bytes(held.master)))
+            reads += [store.read(name, part) for name, part in weight_parts(unit, held.master)]
         if unit.frozen and held.home.frozen is None:
             held.frozen = slot.tensor(torch.uint8, unit.frozen_bytes, at)
             reads.append(store.read(frozen_name(unit), as_bytes(held.frozen)))

@@ -77,19 +77,19 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall, dtype: torch
     with _quiet(), FakeTensorMode() as mode:
         run = _FakeRun(mode, block, call, dtype)
         entry = torch.empty(hidden.shape, dtype=dtype, device="cpu")
-        with _Live() as live, torch.no_grad():
+        with LiveBytes() as live, torch.no_grad():
             run(entry)
         forward = live.peak
         for p in run.params.values():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_drop_grad)
         gradient = torch.empty_like(entry)
-        with _Live() as live:
+        with LiveBytes() as live:
             first(run(entry.requires_grad_())).backward(gradient)
         return BlockTrace(forward_bytes=forward, backward_bytes=live.peak)
 
 
-class _Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations made and that are still alive."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class _Live(TorchDispatchMode):
         inputs = {_storage_key(t) for t in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
-            if (key := _storage_key(t)) not in inputs and key not in self._seen:
+            if (key := _storage_key(t)) not in inputs and key not in self._seen and not t.is_meta:
                 self._watch(key, t)
         return out
 

@@ -1,27 +1,25 @@
-"""The optimizer's own thread: walks a unit's vectors chunk by chunk, reading ahead what lives on SSD, writing behind.
+"""The optimizer's own thread: walks a unit's vectors span by span, reading ahead what lives on SSD, writing behind.
 
 While the main thread computes the next block, this thread updates the last one. Reads run ahead of it by as many
-chunks as the ring has buffers, across the border of one unit and the next.
+spans as the ring has buffers, across the border of one unit and the next.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from memopt.offload.gradients import RowGradient
+from memopt.offload.gradients import RowGradient, held_units
 from memopt.offload.homes import Home, Homes, as_bytes, gradient_name, moments_name, weights_name
-from memopt.offload.layout import CHUNK
-from memopt.optim_types import ChunkKey, UpdateRule
+from memopt.offload.layout import CHUNK, MASTER_ITEMSIZE, PAGE, Layout, Span, UnitKind
+from memopt.optim_types import ChunkKey
+from memopt.plan_types import Residence
 from memopt.store.buffers import Buffer, BufferPool
 from memopt.store.transfer import SerialThread, Transfer
-from memopt.units import MiB
-
-_CHUNK_BYTES = 4 * CHUNK
-assert 4 * MiB == _CHUNK_BYTES
+from memopt.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +61,39 @@ class Update:
         return self.home.moments is None or self.spilled or self.weights_in_ring
 
 
-def ring_bytes(rule: UpdateRule) -> int:
-    """Bytes of one ring buffer: the record, the gradient and the weights of a chunk."""
-    return rule.record_bytes(CHUNK) + 2 * _CHUNK_BYTES
+def ring_bytes(layout: Layout, residence: Mapping[str, Residence], *, clips: bool) -> int:
+    """Bytes of one ring buffer: of all spans, the most that has to pass through it; 0 when nothing does.
+
+    Held gradients and records come from where they live. Weights do when no slot brings them: in the sweep of a clipped
+    run, and always for tables that only rows are looked up in.
+    """
+    held = {u.name for u in held_units(layout, clips=clips)}
+    most = 0
+    for unit in layout.units:
+        where = residence[unit.name]
+        late = clips or unit.kind in (UnitKind.EMBED, UnitKind.REST)
+        vectors = (unit.name in held and where.gradient == Tier.SSD) + (late and where.weights == Tier.SSD)
+        for segment in unit.segments:
+            record = segment.span_record_bytes if where.moments == Tier.SSD else 0
+            most = max(most, vectors * MASTER_ITEMSIZE * segment.span_numel + record)
+    return most
+
+
+def update_scratch_bytes(layout: Layout) -> int:
+    """Bytes of temporaries that the update of the most demanding span takes."""
+    return max((s.scratch_bytes for u in layout.units for s in u.segments), default=0)
 
 
 class Updater:
     """Runs updates in the order they were announced by `expect`. Belongs to one engine; `close` ends the thread."""
 
-    def __init__(self, homes: Homes, rule: UpdateRule, ring: BufferPool, threads: int):
-        self._homes, self._rule, self._ring = homes, rule, ring
+    def __init__(self, homes: Homes, ring: BufferPool | None, threads: int):
+        """`ring` is None when everything lives in DRAM."""
+        self._homes, self._ring = homes, ring
         self._thread = SerialThread("memopt-update")
         self._thread.run(lambda: torch.set_num_threads(threads)).wait()
         self._ahead: deque[_Ahead] = deque()
-        self._expected: deque[tuple[Update, int, int]] = deque()
+        self._expected: deque[tuple[Update, Span]] = deque()
         self._zeros = torch.zeros(0)
         self._failed: BaseException | None = None
         self._closing = False
@@ -89,7 +106,7 @@ class Updater:
         def announce() -> None:
             for update in updates:
                 if update.through_ring:
-                    self._expected.extend((update, a, b) for a, b in update.home.unit.chunks())
+                    self._expected.extend((update, span) for span in update.home.unit.spans)
             self._read_ahead()
 
         self.run(announce)
@@ -159,8 +176,8 @@ class Updater:
                 raise self._failed
             update.after.wait()
             with torch.no_grad():
-                for a, b in update.home.unit.chunks():
-                    writes += self._chunk(update, a, b)
+                for span in update.home.unit.spans:
+                    writes += self._span(update, span)
             update.home.writes = writes
             self._writes += writes
             self._writes = [w for w in self._writes if not w.done() or w.error is not None]
@@ -170,48 +187,43 @@ class Updater:
         written.then(lambda _: update.on_written())
         update.done.complete(error)
 
-    def _chunk(self, update: Update, a: int, b: int) -> list[Transfer]:
-        home, unit = update.home, update.home.unit
-        ahead = self._next_ahead(update, a) if update.through_ring else None
-        n = b - a
-        record = (
-            _slice_record(home.moments, self._rule, a, b)
-            if home.moments is not None
-            else _need(ahead).record(self._rule, n)
-        )
-        weights = _need(ahead).weights(n) if update.weights_in_ring else _slice(update.weights, a, b)
-        grads = self._gradient(update, ahead, a, b)
+    def _span(self, update: Update, span: Span) -> list[Transfer]:
+        home, segment = update.home, span.segment
+        ahead = self._next_ahead(update, span) if update.through_ring else None
+        record = _need(ahead).record() if home.moments is None else _slice_record(home.moments, span)
+        weights = _need(ahead).weights() if update.weights_in_ring else _slice(update.weights, span)
+        grads = self._gradient(update, ahead, span)
         if update.terms.scale != 1.0:
             grads.mul_(update.terms.scale)
-        self._rule.update_(
+        segment.rule.update_(
             weights,
             grads,
             record,
-            decay_numel=unit.decay_numel - a,
+            decay_numel=span.decay_numel,
             lr=update.terms.lr,
-            key=ChunkKey(step=update.terms.step, tensor=home.index, position=a),
+            key=ChunkKey(step=update.terms.step, tensor=home.index, position=span.start),
         )
         writes = []
         homes = self._homes  # without a store nothing lives there and nothing is saved
         if home.moments is None or update.terms.save:
-            writes.append(homes.store.write(moments_name(unit), as_bytes(record), self._rule.record_bytes(a)))
+            writes.append(homes.store.write(moments_name(segment), as_bytes(record), span.record_offset))
         if home.weights is None or update.terms.save:
-            writes.append(homes.store.write(weights_name(unit), as_bytes(weights), 4 * a))
+            writes.append(homes.store.write(weights_name(segment), as_bytes(weights), MASTER_ITEMSIZE * span.offset))
         if ahead is not None:
             Transfer.all(writes).then(lambda _: self._give_back(ahead.buffer))
         return writes
 
-    def _gradient(self, update: Update, ahead: _Ahead | None, a: int, b: int) -> torch.Tensor:
+    def _gradient(self, update: Update, ahead: _Ahead | None, span: Span) -> torch.Tensor:
         if update.gradient is not None:
-            grads = update.gradient[a:b]
+            grads = _slice(update.gradient, span)
         elif update.spilled:
-            grads = _need(ahead).gradient(b - a)
+            grads = _need(ahead).gradient()
         else:
-            if self._zeros.numel() < CHUNK:
-                self._zeros = torch.zeros(CHUNK)
-            grads = self._zeros[: b - a].zero_()
+            if self._zeros.numel() < span.numel:
+                self._zeros = torch.zeros(max(CHUNK, span.numel))
+            grads = self._zeros[: span.numel].zero_()
         if update.rows is not None:
-            update.rows.add_to_(grads, update.home.unit, a)
+            update.rows.add_to_(grads, update.home.unit, span.start)
         return grads
 
     def _give_back(self, buffer: Buffer) -> None:
@@ -219,12 +231,13 @@ class Updater:
         if self._expected and not self._closing:
             self._thread.run(self._read_ahead)  # keeps the disk busy while this thread has nothing to update
 
-    def _next_ahead(self, update: Update, a: int) -> _Ahead:
+    def _next_ahead(self, update: Update, span: Span) -> _Ahead:
         self._read_ahead()
         if not self._ahead:  # every buffer is still being written from: wait for one
+            assert self._ring is not None
             self._start_read(self._ring.acquire(who="update"))
         ahead = self._ahead.popleft()
-        assert ahead.update is update and ahead.start == a, "updates must be submitted in the announced order"
+        assert ahead.update is update and ahead.span == span, "updates must be submitted in the announced order"
         try:
             ahead.ready.wait()
         except BaseException:
@@ -233,50 +246,54 @@ class Updater:
         return ahead
 
     def _read_ahead(self) -> None:
-        while self._expected and self._ring.free_count():
+        while self._expected and self._ring is not None and self._ring.free_count():
             self._start_read(self._ring.acquire(who="read ahead"))
 
     def _start_read(self, buffer: Buffer) -> None:
-        update, a, b = self._expected.popleft()
-        ahead = _Ahead(update, a, buffer)
-        home, store, n = update.home, self._homes.store, b - a
+        update, span = self._expected.popleft()
+        ahead = _Ahead(update, span, buffer)
+        home, store, start = update.home, self._homes.store, MASTER_ITEMSIZE * span.start
         reads = []
         if home.moments is None:
-            reads.append(
-                store.read(moments_name(home.unit), as_bytes(ahead.record(self._rule, n)), self._rule.record_bytes(a))
-            )
+            reads.append(store.read(moments_name(span.segment), as_bytes(ahead.record()), span.record_offset))
         if update.spilled:
-            reads.append(self._homes.spill.read(gradient_name(home.unit), as_bytes(ahead.gradient(n)), 4 * a))
+            reads.append(self._homes.spill.read(gradient_name(home.unit), as_bytes(ahead.gradient()), start))
         if update.weights_in_ring:
-            reads.append(store.read(weights_name(home.unit), as_bytes(ahead.weights(n)), 4 * a))
+            offset = MASTER_ITEMSIZE * span.offset
+            reads.append(store.read(weights_name(span.segment), as_bytes(ahead.weights()), offset))
         ahead.ready = Transfer.all(reads)
         self._ahead.append(ahead)
 
 
 class _Ahead:
-    """One ring buffer: [gradient | weights | record] of a chunk."""
+    """One ring buffer: of [gradient | weights | record] of a span what passes through it."""
 
-    def __init__(self, update: Update, start: int, buffer: Buffer):
-        self.update, self.start, self.buffer = update, start, buffer
+    def __init__(self, update: Update, span: Span, buffer: Buffer):
+        self.update, self.span, self.buffer = update, span, buffer
         self.ready = Transfer(0)
+        vector = MASTER_ITEMSIZE * span.numel
+        assert vector % PAGE == 0, "direct I/O needs each of them on a page"
+        self._weights_start = vector if update.spilled else 0
+        self._record_start = self._weights_start + (vector if update.weights_in_ring else 0)
 
-    def gradient(self, n: int) -> torch.Tensor:
-        return self.buffer.tensor(torch.float32, n)
+    def gradient(self) -> torch.Tensor:
+        return self.buffer.tensor(torch.float32, self.span.numel)
 
-    def weights(self, n: int) -> torch.Tensor:
-        return self.buffer.tensor(torch.float32, n, _CHUNK_BYTES)
+    def weights(self) -> torch.Tensor:
+        return self.buffer.tensor(torch.float32, self.span.numel, self._weights_start)
 
-    def record(self, rule: UpdateRule, n: int) -> torch.Tensor:
-        return self.buffer.tensor(torch.uint8, rule.record_bytes(n), 2 * _CHUNK_BYTES)
-
-
-def _slice_record(moments: torch.Tensor, rule: UpdateRule, a: int, b: int) -> torch.Tensor:
-    return moments[rule.record_bytes(a) : rule.record_bytes(b)]
+    def record(self) -> torch.Tensor:
+        return self.buffer.tensor(torch.uint8, self.span.record_bytes, self._record_start)
 
 
-def _slice(vector: torch.Tensor | None, a: int, b: int) -> torch.Tensor:
+def _slice_record(moments: torch.Tensor, span: Span) -> torch.Tensor:
+    start = span.segment.record_start + span.record_offset
+    return moments[start : start + span.record_bytes]
+
+
+def _slice(vector: torch.Tensor | None, span: Span) -> torch.Tensor:
     assert vector is not None
-    return vector[a:b]
+    return vector[span.start : span.stop]
 
 
 def _need(ahead: _Ahead | None) -> _Ahead:

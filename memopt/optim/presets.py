@@ -253,11 +253,11 @@ def _combination(name: str) -> Preset:
 def resolve(preset: str, routed: Sequence[Routed], **options: Any) -> list[Assignment]:
     """The policy of every part of every parameter, in order.
 
-    Options (`OPTIONS`; None leaves the preset's value): numbers of the rules; those of `GaLore`; `state_dtype` of all
-    but embeddings, norms and biases ("float32", "bfloat16", "int8"; of Muon's momentum "int8" is the linear one); and
-    `overrides`, from a role or a pattern of names (fnmatch) to the name of a preset, whose main policy is taken with
-    its own codec and, where this preset has that rule too, this preset's numbers. Patterns of names go before roles,
-    later ones before earlier ones. Trainers pass `betas` and `eps` to all presets: rules without them do not read them.
+    Options (`OPTIONS`; None leaves the preset's value): numbers of the rules; those of `GaLore`; `state_dtype`
+    ("float32", "bfloat16", or "int8", which leaves embeddings, norms and biases alone; of Muon's momentum it is the
+    linear one); and `overrides`, from a role or a pattern of names (fnmatch) to the name of a preset, whose main policy
+    is taken with its own codec and, where this preset has that rule too, this preset's numbers. Patterns of names go
+    before roles, later ones before earlier ones. Trainers pass `betas` and `eps` to all presets: rules without them do not read them.
 
     Parts of a fused parameter that end with the same element-wise policy are one part again. Raises BadInput for what
     is unknown, out of range, without any effect, or of the wrong shape.
@@ -287,7 +287,8 @@ class _Table:
         _require_effect(name, given, [*own.values(), *replaced.values()])
         self.own = {role: _with_options(policy, given) for role, policy in own.items()}
         if codec is not None:
-            self.own = {r: p if r in PRECISE else _with_codec(p, codec) for r, p in self.own.items()}
+            exact = PRECISE if codec == Codec.INT8 else frozenset()
+            self.own = {r: p if r in exact else _with_codec(p, codec) for r, p in self.own.items()}
         for key, policy in replaced.items():
             if key in set(Role):
                 self.by_role[Role(key)] = _with_options(policy, given)

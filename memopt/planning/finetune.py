@@ -12,6 +12,7 @@ from memopt.offload.costs import Choice, JobSizes, Traffic, memory, scratch_byte
 from memopt.offload.gradients import held_units
 from memopt.offload.layout import Layout, UnitKind
 from memopt.offload.storage import state_bytes
+from memopt.offload.updater import ring_bytes, update_scratch_bytes
 from memopt.plan_types import Infeasible, Plan, Prediction, Residence
 from memopt.tiers import Tier
 from memopt.units import MiB, format_bytes, format_per_s
@@ -28,6 +29,9 @@ _COMFORTS: tuple[dict[str, int], ...] = (
     {"ring_buffers": 8},
 )
 """Buffers that keep the drive busy while the processor computes, in the order in which they help."""
+_RING_BYTES = 256 * MiB
+"""Three ring buffers (one read, one updated, one written) may be larger together, where whole matrices pass; more may
+not: they would take from what saves traffic."""
 SAVE_EVERY_IN_DRAM = 50
 """Steps between saves when the state lives in DRAM: a save writes 12 bytes per parameter."""
 
@@ -127,7 +131,10 @@ def _streaming(job: FinetuneJob, budget: Budget) -> tuple[int, Choice] | None:
         return None
     tile_rows, choice = start
     for change in _COMFORTS:
-        choice = _if_fits(job, tile_rows, choice, replace(choice, **change), budget)  # type: ignore[arg-type]
+        better = replace(choice, **change)  # type: ignore[arg-type]
+        ring = ring_bytes(job.layout_of(tile_rows), better.residence, clips=job.sizes.clips) * better.ring_buffers
+        if better.ring_buffers <= 3 or ring <= _RING_BYTES:
+            choice = _if_fits(job, tile_rows, choice, better, budget)
     for tokens in _loss_tokens(job):
         choice = _if_fits(job, tile_rows, choice, replace(choice, loss_tokens=max(tokens, choice.loss_tokens)), budget)
     for rows in _tiles(job):
@@ -233,14 +240,14 @@ def _infeasible(job: FinetuneJob, budget: Budget) -> Infeasible:
 
 
 def _check_ssd(job: FinetuneJob, layout: Layout, choice: Choice, budget: Budget) -> None:
-    need = state_bytes(layout, job.sizes.rule) + scratch_bytes(job.sizes, layout, choice)
+    need = state_bytes(layout) + scratch_bytes(job.sizes, layout, choice)
     if budget.ssd_bytes is not None and need > budget.ssd_bytes:
         raise Infeasible(
             Tier.SSD,
             budget.ssd_bytes,
             need,
-            "Two versions of weights and moments make the run crash-safe; --optim-state-dtype "
-            "bfloat16 needs a third less.",
+            "Two versions of weights and moments make the run crash-safe; --optim-state-dtype bfloat16 or int8, and "
+            "optimizers such as galore8bit, need less.",
         )
 
 
@@ -261,9 +268,7 @@ def _reasons(
     on_ssd: bool,
     predicted: Mapping[Tier, Prediction],
 ) -> Iterator[str]:
-    state = sum(
-        (u.master_bytes + job.sizes.rule.record_bytes(u.numel) + u.master_bytes) for u in layout.units if u.trained
-    )
+    state = sum(u.master_bytes + u.record_bytes + u.master_bytes for u in layout.units)
     dram = predicted[Tier.DRAM].total_bytes
     yield (
         f"training state (weights, gradients, optimizer) is {format_bytes(state)}; the plan needs "
@@ -276,6 +281,13 @@ def _reasons(
             names = [u for u in layout.units if u.trained or what == "weights"]
             resident = sum(getattr(choice.residence[u.name], what) == Tier.DRAM for u in names)
             yield f"{what}: {resident} of {len(names)} units live in DRAM, the others on SSD"
+    wholes = [s for u in layout.units for s in u.segments if s.rule.whole]
+    if wholes:
+        ring = ring_bytes(layout, choice.residence, clips=job.sizes.clips)
+        yield (
+            f"{len(wholes)} matrices are updated as a whole, on the CPU: for the largest, {format_bytes(ring)} in each "
+            f"of {choice.ring_buffers} ring buffers and {format_bytes(update_scratch_bytes(layout))} of temporaries"
+        )
     if choice.activation_layers_on_ssd:
         yield (
             f"boundary activations of {choice.activation_layers_on_ssd} of {len(layout.blocks)} layers go "

@@ -91,7 +91,7 @@ class BlockStore:
 
     @property
     def chunk_bytes(self) -> int:
-        """Where writes may start and stop, and what one checksum covers."""
+        """Where writes may start and stop, and what one checksum covers, unless the tensor's spec says otherwise."""
         return self._index.chunk_bytes
 
     @property
@@ -140,6 +140,10 @@ class BlockStore:
         """Bytes the whole store takes on the disk, by block counts."""
         return on_disk.disk_bytes(self.directory)
 
+    def chunk_bytes_of(self, name: str) -> int:
+        """Where writes of a tensor may start and stop, and what one checksum of it covers. Raises as `spec`."""
+        return self._extent(name).chunk_bytes
+
     def read(self, name: str, view: memoryview, offset: int = 0) -> Transfer:
         """Fill `view` with the newest content from byte `offset` on: what was written since the last commit where
         there is such, chunk by chunk, else what was committed.
@@ -153,10 +157,10 @@ class BlockStore:
     def write(self, name: str, view: memoryview, offset: int = 0) -> Transfer:
         """Write new content from byte `offset` on; durable, as a part of all, with the next commit.
 
-        The range starts at a multiple of the chunk size and ends at one or at the end of the tensor. A tensor touched
-        between two commits has to be rewritten as a whole before the second. While a commit is under way, a write to
-        a kind with versions starts when that commit is over. Raises StoreReadOnly, StoreMisaligned; the ticket raises
-        StoreIOError, StoreFull.
+        The range starts at a multiple of `chunk_bytes_of(name)` and ends at one or at the end of the tensor. A tensor
+        touched between two commits has to be rewritten as a whole before the second. While a commit is under way, a
+        write to a kind with versions starts when that commit is over. Raises StoreReadOnly, StoreMisaligned; the ticket
+        raises StoreIOError, StoreFull.
         """
         extent = self._extent(name)
         if not self.writable:

@@ -26,18 +26,24 @@ _OLD, _FRESH, _BROKEN = 0, 1, 2
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor to be stored: any name without `/` and control characters, its kind, its size in bytes, and a small
-    JSON-able `meta` (dtype, shape) that is handed back as it was."""
+    JSON-able `meta` (dtype, shape) that is handed back as it was. `chunk_bytes` is where its writes may start and stop,
+    a multiple of 4096; None: the store's."""
 
     name: str
     kind: str
     nbytes: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or any(ord(char) < 32 or ord(char) == 127 for char in self.name):
             raise BadInput(f"tensor name {self.name!r}: empty, or has '/' or control characters; rename the tensor")
         if self.nbytes <= 0:
             raise BadInput(f"tensor {self.name!r}: {self.nbytes} bytes cannot be stored; leave empty tensors out")
+        if self.chunk_bytes is not None and (self.chunk_bytes <= 0 or self.chunk_bytes % BLOCK_BYTES):
+            raise BadInput(
+                f"tensor {self.name!r}: chunk_bytes is {self.chunk_bytes}; make it a positive multiple of {BLOCK_BYTES}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,7 @@ def lay_out(
         at = 0
         for spec in members:
             offsets = tuple(at + slot * slot_bytes for slot in range(slots))
-            extents[spec.name] = Extent(spec, kinds[kind], offsets, chunk_bytes)
+            extents[spec.name] = Extent(spec, kinds[kind], offsets, spec.chunk_bytes or chunk_bytes)
             at += round_up(spec.nbytes, BLOCK_BYTES)
         sizes[kind] = slot_bytes * slots
     return extents, sizes

@@ -117,7 +117,7 @@ def write_index(directory: Path, index: Index) -> None:
         "id": index.id,
         "chunk_bytes": index.chunk_bytes,
         "kinds": {kind: asdict(policy) for kind, policy in index.kinds.items()},
-        "tensors": [[spec.name, spec.kind, spec.nbytes, dict(spec.meta)] for spec in index.specs],
+        "tensors": [[s.name, s.kind, s.nbytes, dict(s.meta), s.chunk_bytes] for s in index.specs],
     }
     replace(directory, INDEX, _sealed(body, "TensorSpec.meta"))
 
@@ -129,7 +129,7 @@ def read_index(directory: Path) -> Index:
         body["id"],
         body["chunk_bytes"],
         {kind: KindPolicy(**policy) for kind, policy in body["kinds"].items()},
-        tuple(TensorSpec(name, kind, nbytes, meta) for name, kind, nbytes, meta in body["tensors"]),
+        tuple(TensorSpec(*tensor) for tensor in body["tensors"]),
     )
 
 

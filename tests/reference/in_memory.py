@@ -19,8 +19,12 @@ def train_in_memory(
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.0,
     before_forward: Callable[[int, int], None] = lambda step, micro: None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
-    """Loss of every step; the model is trained in place. The loss is the mean over all target tokens of a step."""
+    """Loss of every step; the model is trained in place. The loss is the mean over all target tokens of a step.
+
+    With another `optimizer` than AdamW, which knows the parameters, its settings count.
+    """
     groups = [
         {
             "params": [p for n, p in model.named_parameters() if p.requires_grad and n in decay],
@@ -28,7 +32,7 @@ def train_in_memory(
         },
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and n not in decay], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
+    optimizer = optimizer or torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps)
     model.train()
     losses = []
     for step, batch in enumerate(steps):
