@@ -1,7 +1,7 @@
 """Rare facts in a small transformer: Adam, Muon, Muon for values, outputs and FFN, Muon for queries and keys.
 
-After the heavy-tailed questions of "Muon Outperforms Adam in Tail-End Associative Memory Learning" (arXiv 2509.26030,
-section 4.3), at a size for one CPU core. Each of 2^m people, named by two tokens, has an answer to each of six
+After the heavy-tailed questions of "Muon Outperforms Adam in Tail-End Associative Memory Learning" (arXiv 2509.26030),
+at a size for one CPU core. Each of 2^m people, named by two tokens, has an answer to each of six
 questions. Group 0 is one person, group g is 2^(g-1) people, each asked about 2^-g times as often as group 0: half of
 the people are the tail, group m. Embeddings, head and norms are fixed, so every fact must be stored in attention and
 FFN. Two pre-norm layers of width 64, four heads, queries and keys normalised, constant learning rates, no decay of

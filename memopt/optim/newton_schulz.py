@@ -19,8 +19,8 @@ from memopt.errors import BadInput
 class Coefficients(StrEnum):
     """Which polynomials: what becomes of a singular value that is the share x of the Frobenius norm, in five steps.
 
-    - polar_express: 0.84..1.15 for every x from 1e-3 to 1, closest to U V^T (Amsel et al. 2025, arXiv 2505.16932,
-      algorithm 1, for five steps; numbers as in microsoft/dion, which made them with a safety of 1.02).
+    - polar_express: 0.84..1.15 for every x from 1e-3 to 1, closest to U V^T (Amsel et al. 2025, arXiv 2505.16932, for
+      five steps; numbers as in microsoft/dion, which made them with a safety of 1.02).
     - jordan: 0.68..1.21 for x from 2e-3 to 1; more steps do not come nearer to 1 (Keller Jordan, "Muon", 2024; what
       torch.optim.Muon uses).
     """

@@ -1,5 +1,5 @@
 """How evenly a weight matrix uses its directions: the isotropy metrics of "Muon Outperforms Adam in Tail-End
-Associative Memory Learning" (arXiv 2509.26030, section 4.2).
+Associative Memory Learning" (arXiv 2509.26030).
 
 With the singular values s_1 >= ... >= s_r of W, r = min(m, n), and the shares q_i = s_i^2 / sum_j s_j^2:
 
