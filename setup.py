@@ -18,14 +18,14 @@ KERNELS = Extension(
     "memopt.optim._step8",
     sources=[f"{SOURCES}/step8.c"],
     depends=[f"{SOURCES}/{name}" for name in sorted(os.listdir(SOURCES)) if name.endswith(".h")],
-    # fused multiply-add would make the numbers depend on the machine; the last two flags do not change any
     extra_compile_args=[
         "-std=c11",
         "-O3",
         "-g0",
         "-pthread",
-        "-ffp-contract=off",
-        "-fno-math-errno",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",  # fused multiply-add where the compiler likes would make numbers depend on the machine
+        "-fno-math-errno",  # this and the next change no number
         "-fno-trapping-math",
     ],
     extra_link_args=["-pthread"],

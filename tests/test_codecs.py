@@ -136,6 +136,21 @@ def test_int8_error_is_within_its_intervals(signed: bool) -> None:
     assert ((decoded - x).abs() / unit)[small].max() <= 0.2 * top * 1.001
 
 
+def test_the_default_dtype_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = drawn((2, 300))
+    _, wanted_scales, wanted = coded(Codec.INT8, x)
+    wanted_lines = maps.lines(True)
+    monkeypatch.setattr(maps, "_tables", maps._tables.__wrapped__)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _, scales, decoded = coded(Codec.INT8, x)
+        lines = maps.lines(True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert wanted_scales is not None and scales is not None and torch.equal(scales, wanted_scales)
+    assert torch.equal(decoded, wanted) and torch.equal(lines, wanted_lines)
+
+
 @CODECS
 @pytest.mark.parametrize("shape", [(0, 300), (5, 0), (0,), (2, 0, 64)])
 def test_empty_states(codec: Codec, shape: tuple[int, ...]) -> None:

@@ -241,6 +241,23 @@ def test_every_tensor_has_its_own_step() -> None:
 
 
 @built
+def test_a_large_neighbour_does_not_make_steps_long() -> None:
+    """Where |g| is 10^-4 of the largest in the block, v is 10^-8 of it, which is nearer to 0 than to any entry."""
+    scale = torch.full((8, 256), 1e-4)
+    scale[:, 0] = 1.0
+    tensors, exact = Tensors(torch.zeros(8, 256)), torch.nn.Parameter(torch.zeros(8, 256))
+    peer = torch.optim.AdamW([exact], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=DECAY)
+    for step in range(1, 51):
+        grad = scale * (drawn((8, 256), step).sign() + 0.3)
+        exact.grad = grad * CLIP
+        before, before_exact = tensors.weights.clone(), exact.detach().clone()
+        peer.step()
+        native_step("adamw", [tensors], [grad], step)
+        longest = (exact.detach() - before_exact).abs().max()
+        assert (tensors.weights - before).abs().max() <= 1.1 * longest
+
+
+@built
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_gradient_spoils_its_block_only(bad: float) -> None:
     tensors, grad = Tensors(drawn((2, 700), 0)), drawn((2, 700), 1)
@@ -277,18 +294,21 @@ def test_a_step_is_noticed_by_autograd() -> None:
 def exact_quantizer(
     x: torch.Tensor, code: torch.Tensor, absmax_out: torch.Tensor, out: torch.Tensor, blocksize: int
 ) -> None:
-    """What bitsandbytes' table of 65536 bins stands for: the nearest entry."""
+    """What bitsandbytes' table of 65536 bins stands for, the nearest entry, except that v > 0 does not become 0."""
     blocks = x.reshape(-1, blocksize)
     absmax = blocks.abs().amax(1)
     middles = (code[1:].double() + code[:-1].double()) / 2
-    out.copy_(torch.searchsorted(middles, (blocks * absmax.reciprocal()[:, None]).double()).view(out.shape))
+    values = blocks * absmax.reciprocal()[:, None]
+    nearest = torch.searchsorted(middles, values.double())
+    out.copy_(torch.where((code[0] == 0) & (values > 0), nearest.clamp(min=1), nearest).view(out.shape))
     absmax_out.copy_(absmax)
 
 
 @built
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_twenty_steps_equal_bitsandbytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its CPU step around an exact search; its own search is off by up to 7 codes for small numbers (test_codecs)."""
+    """Its CPU step around an exact search; its own is off by up to 7 codes for small numbers, and for that reason does
+    not let v become 0 either (test_codecs)."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     kernels: ModuleType = pytest.importorskip("bitsandbytes.backends.cpu.ops")
     monkeypatch.setattr(kernels, "_quant_blockwise_fp32_direct", exact_quantizer)

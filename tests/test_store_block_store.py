@@ -544,7 +544,7 @@ def test_a_tensor_may_have_chunks_of_its_own(tmp_path: Path, pool: IoPool, regio
 def test_specs_that_cannot_be(tmp_path: Path, pool: IoPool) -> None:
     with pytest.raises(BadInput, match="0 bytes"):
         TensorSpec("a", "weights", 0)
-    with pytest.raises(BadInput, match="'a': chunk_bytes is 5000; it must be a positive multiple of 4096"):
+    with pytest.raises(BadInput, match="'a': chunk_bytes is 5000; make it a positive multiple of 4096"):
         TensorSpec("a", "weights", 1, chunk_bytes=5000)
     with pytest.raises(BadInput, match="versions is 3"):
         KindPolicy(versions=3)

@@ -51,8 +51,10 @@ def search_table(signed: bool, device: torch.device | str = "cpu") -> torch.Tens
 def nearest_code(values: torch.Tensor, signed: bool) -> torch.Tensor:
     """Codes of the nearest entries to `values`, float32 in [-1, 1] ([0, 1] unsigned), any shape: uint8, same shape.
 
-    Exactly the nearest; half-way between two, the one nearer zero. A rounding error above 1 does no harm; NaN and
-    larger values give some code.
+    Exactly the nearest; half-way between two, the one nearer zero. But in the unsigned map what is above 0 gets the
+    smallest entry at least: a second moment that became 0 while the first did not would leave Adam to divide by the
+    square root of one gradient (next to a gradient 10^4 times as large in the block, steps are 10^4 times too long).
+    A rounding error above 1 does no harm; NaN and larger values give some code.
     """
     raw = values.view(torch.int32)
     bins = raw.bitwise_and(_MAGNITUDE).bitwise_right_shift_(SEARCH_SHIFT).sub_(SEARCH_FIRST).clamp_(0, SEARCH_BINS - 1)
@@ -62,6 +64,8 @@ def nearest_code(values: torch.Tensor, signed: bool) -> torch.Tensor:
     if signed:
         sign = torch.bitwise_right_shift(raw, 31, out=low)  # 0 or -1, by which the index is negated
         index.bitwise_xor_(sign).sub_(sign).add_(SIGNED_ZERO).clamp_(min=0)
+    else:
+        index.add_((index == 0).logical_and_(values > 0))
     return index.to(torch.uint8)
 
 
@@ -87,9 +91,9 @@ def lines(signed: bool) -> torch.Tensor:
     Decoding: the index of a magnitude, in the unsigned map plus one, has the decade as its binary logarithm. Rows 0 and
     1, by the three lowest bits of a float32's exponent, are the first magnitude of a decade and the step; the result
     may differ from the map by a unit in the last place or two.
-    Encoding: rows 2 to 5, by decade, 1 alone being an eighth, are the largest magnitude that belongs to the decade, and
-    slope, offset and greatest value of a line whose whole part is the index (512 higher in the unsigned map, half a
-    step lower in the signed one).
+    Encoding: rows 2 to 5, by decade, are the largest magnitude that belongs to it, and slope, offset and greatest value
+    of a line whose whole part is the index (512 higher in the unsigned map, half a step lower in the signed one). The
+    eighth column is for what is nearest to 1.
     """
     middles = midpoints(signed).double().tolist()
     raised = -0.5 if signed else 512.0
@@ -106,22 +110,23 @@ def lines(signed: bool) -> torch.Tensor:
             slope = 0.5 / middles[0] if signed else 1 / (middles[1] - middles[0])
             offset = 1 - slope * middles[0]
         last += intervals
-        made[2:, decade] = torch.tensor([middles[last], slope, offset + raised, last + 0.5 + raised])
+        made[2:, decade] = made.new_tensor([middles[last], slope, offset + raised, last + 0.5 + raised])
     made[0, (place + 1) % 8] = 1
-    made[2:, DECADES] = torch.tensor([torch.inf, 0, last + 1.5 + raised, last + 1.5 + raised])
+    made[2:, DECADES] = made.new_tensor([torch.inf, 0, last + 1.5 + raised, last + 1.5 + raised])
     return made.float()
 
 
 def line_entries(signed: bool) -> torch.Tensor:
     """(256,) float32, on the CPU: what decoding with `lines` gives for each code, bit for bit."""
-    first, step = lines(signed)[:2]
+    first, step = lines(signed)[:2].double()  # in which the sum is exact, so that rounding it is a fused multiply-add
     codes = torch.arange(ENTRIES, dtype=torch.float32, device="cpu")
     index = codes - SIGNED_ZERO if signed else codes
     number = index.abs() if signed else index + 1
     bits = number.view(torch.int32)
     place = (bits >> 23) % 8
     count = number - (bits & 0x7F800000).view(torch.float32)
-    return (first[place] + step[place] * count) * index.sign()
+    magnitude: torch.Tensor = first[place] + step[place] * count.double()
+    return magnitude.float() * index.sign()
 
 
 @functools.cache

@@ -31,8 +31,8 @@ def _require_one_of_a_kind(name: str, rules: list[str]) -> None:
     for kind, numbers in ((("adamw", "lion"), "betas"), (("sgd", "muon"), "momentum")):
         if set(kind) <= set(rules):
             raise BadInput(
-                f"overrides: parts of {name} would get {' and '.join(kind)}, but parts of one parameter share one {numbers}; "
-                "give all of them the same rule"
+                f"overrides: parts of {name} would get {' and '.join(kind)}, but parts of one parameter share one "
+                f"{numbers}; give all of them the same rule"
             )
 
 

@@ -28,13 +28,11 @@ from memopt.optim.dynamic_map import line_entries, lines, search_table
 
 LIBRARY = "_step8.so"
 """File name beside this module; setup.py builds it."""
-_VERSION = 2
+_VERSION = 1
 _TASK = struct.Struct("@" + 6 * "Pq" + "3q2f2i")
 _SETTINGS = struct.Struct("@2P8f")
 _MAP = struct.Struct("@P304f")
 _LEVELS = ("plain", "avx2", "avx512")
-_MIN_BLOCKS = 128
-"""Fewer blocks (32768 elements, some 40 microseconds) are not worth starting a thread for."""
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = {"weight": _FLOATS, "gradient": _FLOATS, "codes": (torch.uint8,), "scales": (torch.float32,)}
 
@@ -160,7 +158,7 @@ def _load() -> _Loaded:
     for name in ("memopt_adamw8", "memopt_lion8", "memopt_sgd8"):
         function = getattr(library, name)
         long, integer, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-        function.argtypes = (pointer, long, long, pointer, integer, integer)
+        function.argtypes = (pointer, long, long, pointer, integer, integer, pointer)
         function.restype = None
     return _Loaded(library, "")
 
@@ -191,10 +189,9 @@ def _tasks(
         rows, cols, stride = _matrix(weight, "weight", i)
         per_row = -(-cols // BLOCK)
         rest: list[int] = []
-        for which, tensor in enumerate(state):
-            rest += (
-                _rows(tensor, "codes", i, rows, cols) if which % 2 == 0 else _rows(tensor, "scales", i, rows, per_row)
-            )
+        for codes, scales in zip(state[::2], state[1::2], strict=True):
+            rest += _rows(codes, "codes", i, rows, cols)
+            rest += _rows(scales, "scales", i, rows, per_row)
         _TASK.pack_into(
             packed,
             i * _TASK.size,
@@ -260,8 +257,17 @@ def _step(name: str, tasks: _Tasks, settings: bytes, threads: int | None, level:
     if loaded.library is None:
         raise RuntimeError(f"no native 8-bit step: {loaded.reason}")
     function: Callable[..., None] = getattr(loaded.library, name)
-    number = _LEVELS.index(level or levels()[-1])
-
+    known = levels()
+    number = known.index(level) if level is not None else len(known) - 1
     wanted = torch.get_num_threads() if threads is None else threads
-    parts = max(1, min(wanted, tasks.blocks // _MIN_BLOCKS))
-    function(tasks.packed, tasks.count, tasks.blocks, settings, parts, number)
+    function(tasks.packed, tasks.count, tasks.blocks, settings, number, wanted, _parallel())
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch uses; None if there is no such thing."""
+    try:
+        found = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # searches what the file depends on, too
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(found, ctypes.c_void_p).value

@@ -257,7 +257,8 @@ def resolve(preset: str, routed: Sequence[Routed], **options: Any) -> list[Assig
     ("float32", "bfloat16", or "int8", which leaves embeddings, norms and biases alone; of Muon's momentum it is the
     linear one); and `overrides`, from a role or a pattern of names (fnmatch) to the name of a preset, whose main policy
     is taken with its own codec and, where this preset has that rule too, this preset's numbers. Patterns of names go
-    before roles, later ones before earlier ones. Trainers pass `betas` and `eps` to all presets: rules without them do not read them.
+    before roles, later ones before earlier ones. Trainers pass `betas` and `eps` to all presets: rules without them do
+    not read them.
 
     Parts of a fused parameter that end with the same element-wise policy are one part again. Raises BadInput for what
     is unknown, out of range, without any effect, or of the wrong shape.

@@ -21,11 +21,13 @@ def entries(signed: bool) -> list[float]:
 
 
 def nearest(value: float, table: Sequence[float]) -> int:
-    """Position of the nearest entry; half-way between two, the one nearer zero.
+    """Position of the nearest entry; half-way between two, the one nearer zero. In the unsigned map, whose first entry
+    is zero, what is above zero does not become zero.
 
     The distances of a float32 to the two entries around it are exact in double precision.
     """
-    return min(range(len(table)), key=lambda code: (abs(table[code] - value), abs(table[code])))
+    code = min(range(len(table)), key=lambda code: (abs(table[code] - value), abs(table[code])))
+    return max(code, 1) if table[0] == 0 and value > 0 else code
 
 
 def encode_row(

@@ -44,12 +44,29 @@ static INLINE VI NAME(not_zero)(VF x) { return (VI)(x != NAME(all)(0.0f)); }
 static INLINE VF NAME(table)(const float *p) { return NAME(load)(p); }
 static INLINE VF NAME(at)(VF table, VI index) { return (VF)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index); }
 static INLINE VF NAME(number)(VI x) { return (VF)_mm256_cvtepi32_ps((__m256i)x); }
+static INLINE VF NAME(fused)(VF a, VF b, VF c) { return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 static INLINE VF NAME(smaller)(VF a, VF b) { return (VF)_mm256_min_ps((__m256)a, (__m256)b); }
 static INLINE VF NAME(greater)(VF a, VF b) { return (VF)_mm256_max_ps((__m256)a, (__m256)b); }
-static INLINE VI NAME(least)(VI a, VI b) { return (VI)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+static INLINE VF NAME(greater_where)(VF which, VF a, VF b) {
+    return NAME(greater)(a, (VF)((VI)b & (VI)(which != NAME(all)(0.0f))));
+}
 static INLINE VI NAME(add_one_where)(VI x, VF a, VF b) { return x - (VI)(a > b); }
-static INLINE VF NAME(sum_where)(VI which, VF a, VF b) { return (VF)((VI)(a + b) & (VI)(which != 0)); }
-static INLINE int NAME(any_zero)(VI x) { return _mm256_movemask_epi8((__m256i)(x == 0)) != 0; }
+static INLINE VF NAME(fused_where)(VI which, VF a, VF b, VF c) {
+    return (VF)((VI)NAME(fused)(a, b, c) & (VI)(which != 0));
+}
+static INLINE void NAME(store_codes)(uint8_t *p, const VI *lines) {
+    __m256i a = (__m256i)((lines[0] >> 14) & 0xff), b = (__m256i)((lines[1] >> 14) & 0xff);
+    __m256i c = (__m256i)((lines[2] >> 14) & 0xff), d = (__m256i)((lines[3] >> 14) & 0xff);
+    __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d)); /* by halves */
+    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)p, bytes);
+}
+typedef VI NAME(Sure);
+static INLINE NAME(Sure) NAME(sure)(void) { return NAME(bits)(NAME(all)(1.0f)); }
+static INLINE NAME(Sure) NAME(still_sure)(NAME(Sure) sure, VI x, int32_t bits) {
+    return (VI)_mm256_min_epi32((__m256i)sure, (__m256i)(x & bits));
+}
+static INLINE int NAME(all_sure)(NAME(Sure) sure) { return _mm256_movemask_epi8((__m256i)(sure == 0)) == 0; }
 static INLINE VI NAME(guess)(VI x) {
     __m256i above = _mm256_subs_epu16((__m256i)x, _mm256_set1_epi32(GUESS_FROM << 16));
     return (VI)_mm256_srli_epi32(_mm256_mulhi_epu16(above, _mm256_set1_epi32(GUESS_RATE << 16)), 16);

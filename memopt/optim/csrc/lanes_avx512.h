@@ -42,17 +42,30 @@ static INLINE VI NAME(not_zero)(VF x) {
 static INLINE VF NAME(table)(const float *p) { return (VF)_mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
 static INLINE VF NAME(at)(VF table, VI index) { return (VF)_mm512_permutexvar_ps((__m512i)index, (__m512)table); }
 static INLINE VF NAME(number)(VI x) { return (VF)_mm512_cvtepi32_ps((__m512i)x); }
+static INLINE VF NAME(fused)(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static INLINE VF NAME(smaller)(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }
 static INLINE VF NAME(greater)(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
-static INLINE VI NAME(least)(VI a, VI b) { return (VI)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+static INLINE VF NAME(greater_where)(VF which, VF a, VF b) {
+    __mmask16 some = _mm512_cmp_ps_mask((__m512)which, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return (VF)_mm512_mask_max_ps((__m512)a, some, (__m512)a, (__m512)b);
+}
 static INLINE VI NAME(add_one_where)(VI x, VF a, VF b) {
     __mmask16 above = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
     return (VI)_mm512_mask_add_epi32((__m512i)x, above, (__m512i)x, _mm512_set1_epi32(1));
 }
-static INLINE VF NAME(sum_where)(VI which, VF a, VF b) {
-    return (VF)_mm512_maskz_add_ps(_mm512_test_epi32_mask((__m512i)which, (__m512i)which), (__m512)a, (__m512)b);
+static INLINE VF NAME(fused_where)(VI which, VF a, VF b, VF c) {
+    __mmask16 some = _mm512_test_epi32_mask((__m512i)which, (__m512i)which);
+    return (VF)_mm512_maskz_fmadd_ps(some, (__m512)a, (__m512)b, (__m512)c);
 }
-static INLINE int NAME(any_zero)(VI x) { return _mm512_testn_epi32_mask((__m512i)x, (__m512i)x) != 0; }
+static INLINE void NAME(store_codes)(uint8_t *p, const VI *lines) {
+    for (int i = 0; i < 4; i++) NAME(store_u8)(p + 16 * i, lines[i] >> 14);
+}
+typedef __mmask16 NAME(Sure);
+static INLINE NAME(Sure) NAME(sure)(void) { return 0xffff; }
+static INLINE NAME(Sure) NAME(still_sure)(NAME(Sure) sure, VI x, int32_t bits) {
+    return _mm512_mask_test_epi32_mask(sure, (__m512i)x, _mm512_set1_epi32(bits));
+}
+static INLINE int NAME(all_sure)(NAME(Sure) sure) { return sure == 0xffff; }
 static INLINE VI NAME(guess)(VI x) {
     __m512i above = _mm512_subs_epu16((__m512i)x, _mm512_set1_epi32(GUESS_FROM << 16));
     return (VI)_mm512_srli_epi32(_mm512_mulhi_epu16(above, _mm512_set1_epi32(GUESS_RATE << 16)), 16);

@@ -18,6 +18,7 @@ static INLINE VI NAME(load_u8)(const uint8_t *p) { return *p; }
 static INLINE void NAME(store_u8)(uint8_t *p, VI x) { *p = (uint8_t)x; }
 static INLINE VI NAME(look_up)(const int32_t *table, VI index) { return table[index]; }
 static INLINE VF NAME(root)(VF x) { return sqrtf(x); }
+static INLINE VF NAME(fused)(VF a, VF b, VF c) { return fmaf(a, b, c); }
 static INLINE VI NAME(larger)(VI a, VI b) { return a > b ? a : b; }
 static INLINE VI NAME(larger_unsigned)(VI a, VI b) { return (uint32_t)a > (uint32_t)b ? a : b; }
 static INLINE uint32_t NAME(largest_unsigned)(VI x) { return (uint32_t)x; }

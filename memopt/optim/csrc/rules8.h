@@ -1,17 +1,26 @@
 /* One block of one tensor: states decoded, weights updated, states encoded; nothing larger than a block is held.
- * The formulas are those of memopt/optim/rules.py and memopt/optim/dynamic_map.py.
+ * The formulas are those of memopt/optim/rules.py and memopt/optim/dynamic_map.py. Products and sums are fused where it
+ * is written so and nowhere else.
  *
  * Included once per set of lanes (lanes_*.h), which define LANES elements of float (VF) and int32 (VI) and
- *   bits, as_float             reinterpret                    all             the same number in every lane
- *   load, store, *_u8, *_u16   from and to memory, anywhere, the lowest byte or half of each lane
- *   look_up                    in a table in memory           root            square root
- *   larger, larger_unsigned    of two integers                largest_unsigned    lane
+ *   all                        the same number in every lane
+ *   bits, as_float             reinterpret
+ *   load, store, *_u8, *_u16   from and to memory, anywhere; the lowest byte or half of each lane
+ *   look_up                    in a table in memory
+ *   root, fused(a, b, c)       square root; a * b + c rounded once
+ *   larger, larger_unsigned    of two integers
+ *   largest_unsigned           lane
  *   is_nan, not_zero           all ones where it holds
  * and, where LINES is 1,
  *   table, at                  8 floats in a register, looked up by the lowest three bits of an integer
- *   number                     integer to float               smaller, greater, least    of two floats, floats, integers
- *   add_one_where(x, a, b)     x + 1 where a > b, else x      sum_where(w, a, b)         a + b where w is not 0, else 0
- *   any_zero                   whether any lane is 0          guess(x)        see `line`
+ *   number                     integer to float
+ *   smaller, greater           of two floats
+ *   greater_where(w, a, b)     the greater of two positive floats where w is not 0, else a
+ *   fused_where(w, a, b, c)    a * b + c where w is not 0, else 0
+ *   add_one_where(x, a, b)     x + 1 where a > b, else x
+ *   guess                      max(0, upper half - GUESS_FROM) * GUESS_RATE >> 16
+ *   sure, still_sure, all_sure whether x & bits was not 0 in any lane of any x so far
+ *   store_codes                bits 14 to 21 of each lane of four vectors, as bytes
  */
 
 static INLINE VF NAME(load_number)(const void *p, int i, int bf16) {
@@ -38,13 +47,14 @@ static INLINE VF NAME(sign)(VF x) {
     return NAME(as_float)(one & NAME(not_zero)(x));
 }
 
-/* The code of the nearest entry to x, which is in [-1, 1], by the search table. */
+/* The code of the nearest entry to x, in [-1, 1], by the search table; 1 at least in the unsigned map where x > 0. */
 static INLINE VI NAME(search)(VF x, const Map *map, int which) {
     VI raw = NAME(magnitude)(x), zero = raw ^ raw;
     VI bin = NAME(larger)((raw >> SEARCH_SHIFT) - SEARCH_FIRST, zero);
     VI index = (NAME(look_up)(map->search, bin) + (raw & SEARCH_LOW)) >> SEARCH_SHIFT;
     VI sign = NAME(bits)(x) >> 31;
-    return which == SIGNED ? NAME(larger)(127 + ((index ^ sign) - sign), zero) : index;
+    return NAME(larger)(which == SIGNED ? 127 + ((index ^ sign) - sign) : index,
+                        which == SIGNED ? zero : NAME(not_zero)(x) & 1);
 }
 
 #if LINES
@@ -63,7 +73,7 @@ static INLINE VF NAME(decode)(VI code, int which, const NAME(Decoder) *by) {
     VI raw = which == SIGNED ? number & ~SIGN : number;
     VI decade = raw >> 23;
     VF count = NAME(as_float)(raw) - NAME(as_float)(raw & 0x7f800000);
-    VF size = NAME(sum_where)(index, NAME(at)(by->first, decade), NAME(at)(by->step, decade) * count);
+    VF size = NAME(fused_where)(index, NAME(at)(by->step, decade), count, NAME(at)(by->first, decade));
     return which == SIGNED ? NAME(as_float)(NAME(bits)(size) | (number & SIGN)) : size;
 }
 
@@ -71,14 +81,15 @@ static INLINE VF NAME(decode)(VI code, int which, const NAME(Decoder) *by) {
  * and the fraction below. Within a decade the index of a magnitude is a line, nothing is looked up in memory. */
 static INLINE VI NAME(line)(VF x, int which, const NAME(Encoder) *by) {
     VF size = which == SIGNED ? NAME(as_float)(NAME(magnitude)(x)) : x;
-    /* max(0, upper half of the bits - GUESS_FROM) * GUESS_RATE >> 16: the decade or the one below it */
-    VI decade = NAME(guess)(NAME(bits)(size));
+    VI decade = NAME(guess)(NAME(bits)(size)); /* or the one below it */
     decade = NAME(add_one_where)(decade, size, NAME(at)(by->limit, decade));
-    VF line = NAME(at)(by->slope, decade) * size + NAME(at)(by->offset, decade);
+    VF line = NAME(fused)(NAME(at)(by->slope, decade), size, NAME(at)(by->offset, decade));
     line = NAME(smaller)(line, NAME(at)(by->top, decade));
     if (which == SIGNED) {
         line = NAME(as_float)(NAME(bits)(line) ^ (NAME(bits)(x) & SIGN));
         line = NAME(greater)(line + 639.5f, NAME(all)(512.5f));
+    } else {
+        line = NAME(greater_where)(x, line, NAME(all)(513.5f));
     }
     return NAME(bits)(line);
 }
@@ -88,14 +99,15 @@ static INLINE void NAME(encode)(const float *x, int count, float inverse, const 
     const NAME(Encoder) by = {NAME(table)(map->limit), NAME(table)(map->slope), NAME(table)(map->offset),
                               NAME(table)(map->top)};
     for (int i = 0; i < count; i += 4 * LANES) {
-        VI sure = NAME(bits)(NAME(all)(1.0f));
-        for (int j = i; j < i + 4 * LANES; j += LANES) {
-            VI line = NAME(line)(NAME(load)(x + j) * inverse, which, &by);
-            NAME(store_u8)(codes + j, line >> 14);
+        NAME(Sure) sure = NAME(sure)();
+        VI line[4];
+        for (int j = 0; j < 4; j++) {
+            line[j] = NAME(line)(NAME(load)(x + i + j * LANES) * inverse, which, &by);
             /* 0 within 2^-13 of a whole number, which is more than rounding errors can be: one element in 4096 */
-            sure = NAME(least)(sure, (line + 2) & 0x3ffc);
+            sure = NAME(still_sure)(sure, line[j] + 2, 0x3ffc);
         }
-        if (NAME(any_zero)(sure))
+        NAME(store_codes)(codes + i, line);
+        if (!NAME(all_sure)(sure))
             for (int j = i; j < i + 4 * LANES; j += LANES)
                 NAME(store_u8)(codes + j, NAME(search)(NAME(load)(x + j) * inverse, map, which));
     }
@@ -137,21 +149,21 @@ static INLINE void NAME(update)(const Block *at, int count, NAME(Work) *work, in
         VF direction;
         if (rule == ADAMW) {
             VF v = NAME(decode)(NAME(load_u8)(b.codes[1] + i), UNSIGNED, &work->by[1]) * work->scale[1];
-            m = m + (grad - m) * s.rest[0];
-            v = v * s.beta[1] + grad * grad * s.rest[1];
+            m = NAME(fused)(grad - m, NAME(all)(s.rest[0]), m);
+            v = NAME(fused)(v, NAME(all)(s.beta[1]), grad * grad * s.rest[1]);
             direction = m / (NAME(root)(v) + work->eps);
             work->top[1] = NAME(larger_unsigned)(work->top[1], NAME(bits)(v));
             NAME(store)(square + i, v);
         } else if (rule == LION) {
-            direction = NAME(sign)(m + (grad - m) * s.rest[0]);
-            m = m + (grad - m) * s.rest[1];
+            direction = NAME(sign)(NAME(fused)(grad - m, NAME(all)(s.rest[0]), m));
+            m = NAME(fused)(grad - m, NAME(all)(s.rest[1]), m);
         } else {
-            m = m * s.beta[0] + grad;
-            direction = m * s.from_momentum + grad * s.from_grad;
+            m = NAME(fused)(m, NAME(all)(s.beta[0]), grad);
+            direction = NAME(fused)(m, NAME(all)(s.from_momentum), grad * s.from_grad);
         }
         work->top[0] = NAME(larger_unsigned)(work->top[0], NAME(magnitude)(m));
         NAME(store)(momentum + i, m);
-        NAME(store_number)(b.weight, i, weight - direction * work->step_size, weight_bf16);
+        NAME(store_number)(b.weight, i, NAME(fused)(direction, NAME(all)(-work->step_size), weight), weight_bf16);
     }
 }
 
@@ -181,14 +193,14 @@ static INLINE void NAME(block)(const Block *at, int n, const Task *task, const S
         NAME(update)(&last, GROUP, &work, rule, weight_bf16, grad_bf16, momentum + direct, square + direct);
         memcpy(element(at->weight, direct, weight_bf16), copy.weight, number_bytes(rest, weight_bf16));
     }
-    /* both scales first: the divisions wait for the last elements, so let them wait together */
+    /* both divisions first: they wait for the last elements, so let them wait together */
     const uint32_t top1 = NAME(largest_unsigned)(work.top[0]);
     const uint32_t top2 = NAME(largest_unsigned)(work.top[1]) & ~(uint32_t)SIGN; /* v >= 0, but a NaN may have a sign */
-    const int some1 = set_scale(top1, SIGNED, n, at);
-    const int some2 = rule == ADAMW && set_scale(top2, UNSIGNED, n, at);
-    const float inverse1 = 1.0f / *at->scales[0], inverse2 = rule == ADAMW ? 1.0f / *at->scales[1] : 0.0f;
-    if (some1) NAME(encode_all)(momentum, n, inverse1, settings->map[0], SIGNED, at->codes[0]);
-    if (some2) NAME(encode_all)(square, n, inverse2, settings->map[1], UNSIGNED, at->codes[1]);
+    const float inverse1 = 1.0f / float_of(top1), inverse2 = 1.0f / float_of(top2);
+    if (set_scale(top1, SIGNED, n, at))
+        NAME(encode_all)(momentum, n, inverse1, settings->map[0], SIGNED, at->codes[0]);
+    if (rule == ADAMW && set_scale(top2, UNSIGNED, n, at))
+        NAME(encode_all)(square, n, inverse2, settings->map[1], UNSIGNED, at->codes[1]);
 }
 
 #define ONE(rule, w, g)                                                                                    \
@@ -199,7 +211,8 @@ static INLINE void NAME(block)(const Block *at, int n, const Task *task, const S
 ALL(ADAMW)
 ALL(LION)
 ALL(SGD)
-#define LISTED(rule) {{NAME(block_##rule##00), NAME(block_##rule##01)}, {NAME(block_##rule##10), NAME(block_##rule##11)}}
+#define LISTED(rule) \
+    {{NAME(block_##rule##00), NAME(block_##rule##01)}, {NAME(block_##rule##10), NAME(block_##rule##11)}}
 /* [rule][weights are bfloat16][gradients are bfloat16] */
 static BlockStep *const NAME(blocks)[RULES][2][2] = {LISTED(ADAMW), LISTED(LION), LISTED(SGD)};
 

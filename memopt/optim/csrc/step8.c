@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -14,12 +15,13 @@
 #define SIGN ((int32_t)0x80000000u)
 /* search_table in memopt/optim/dynamic_map.py */
 enum { SEARCH_SHIFT = 16, SEARCH_FIRST = (127 - 23) << 7, SEARCH_LOW = 0xffff };
-/* The upper half of a float's bits grows by 425 per decade, give or take 11. From 4e-7 on, 65536 / 154 of it to a decade
+/* The upper half of a float's bits grows by 425 per decade, give or take 11. From 4e-7 on, 65536 / 154 of it at a time
  * reach 4e-6, 4e-5, ... 0.4: well above the largest magnitude of the decade below, well below that of the decade. */
 enum { GUESS_FROM = 0x34d6, GUESS_RATE = 154 };
-/* Vectors are taken in groups of 64 elements; what is left at the end of a row is done in a copy filled up with zeros. */
+/* Vectors are taken in groups of 64 elements; the rest at the end of a row is done in a copy filled up with zeros. */
 enum { GROUP = 64 };
-enum { MAX_THREADS = 256 };
+/* Threads take shares of at least so many blocks, four each where there are enough: one that is held up delays less. */
+enum { SHARE = 64, MAX_THREADS = 256 };
 
 enum { ADAMW, LION, SGD, RULES };
 
@@ -55,6 +57,12 @@ static inline Block take_rest(const Block *at, int from, int count, const Task *
     return (Block){into->weight, into->grad, {into->codes[0], into->codes[1]}, {0}};
 }
 
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* Sets the scale of a state from the bits of the largest magnitude. False where that settles the codes, too: all are
  * below the normal numbers, or one is infinite or NaN. */
 static inline int set_scale(uint32_t top, int which, int n, const Block *at) {
@@ -84,8 +92,8 @@ static inline void ask_for(const void *p, int64_t from, int bytes_each) {
 
 #ifdef WITH_AVX
 #define NAME(name) name##_avx2
-#define TARGET __attribute__((target("avx2")))
-#define INLINE inline __attribute__((always_inline, target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
+#define INLINE inline __attribute__((always_inline, target("avx2,fma")))
 #include "lanes_avx2.h"
 #include "rules8.h"
 
@@ -102,14 +110,16 @@ int32_t memopt_step8_level(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return 2;
-    if (__builtin_cpu_supports("avx2")) return 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
 }
 
 int32_t memopt_step8_version(void) { return STEP8_VERSION; }
 
-int64_t memopt_step8_sizes(int32_t which) { return which == 0 ? sizeof(Task) : which == 1 ? sizeof(Settings) : sizeof(Map); }
+int64_t memopt_step8_sizes(int32_t which) {
+    return which == 0 ? sizeof(Task) : which == 1 ? sizeof(Settings) : sizeof(Map);
+}
 
 static BlockStep *pick(int rule, const Task *task, int32_t level) {
     const int w = task->weight_bf16 != 0, g = task->grad_bf16 != 0;
@@ -167,50 +177,61 @@ static void step_range(int rule, const Task *tasks, int64_t count, int64_t begin
     }
 }
 
-/* A thread's share: blocks [begin, end). */
+/* A step being made: each thread takes the next share until none is left. */
 typedef struct {
     int rule;
     const Task *tasks;
-    int64_t count, begin, end;
+    int64_t count, blocks, shares;
     const Settings *settings;
     int32_t level;
-} Share;
+    atomic_llong next;
+} Job;
 
-static void *do_share(void *pointer) {
-    const Share *share = pointer;
-    step_range(share->rule, share->tasks, share->count, share->begin, share->end, share->settings, share->level);
+static void work(void *pointer) {
+    Job *job = pointer;
+    int64_t i;
+    while ((i = atomic_fetch_add(&job->next, 1)) < job->shares)
+        step_range(job->rule, job->tasks, job->count, job->blocks * i / job->shares,
+                   job->blocks * (i + 1) / job->shares, job->settings, job->level);
+}
+
+static void *start(void *job) {
+    work(job);
     return NULL;
 }
 
-static void step_all(int rule, const Task *tasks, int64_t count, int64_t blocks, const Settings *settings,
-                     int32_t threads, int32_t level) {
-    Share shares[MAX_THREADS];
+static void work_together(Job *job, int threads) {
     pthread_t made[MAX_THREADS];
-    int started[MAX_THREADS];
-    threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-    for (int i = threads - 1; i >= 0; i--) {
-        shares[i] = (Share){rule, tasks, count, blocks * i / threads, blocks * (i + 1) / threads, settings, level};
-        started[i] = i > 0 && pthread_create(&made[i], NULL, do_share, &shares[i]) == 0;
-    }
-    for (int i = 0; i < threads; i++) {
-        if (started[i])
-            pthread_join(made[i], NULL);
-        else
-            do_share(&shares[i]); /* the caller's own, and any that could not be started */
-    }
+    int count = 0;
+    while (count < threads - 1 && count < MAX_THREADS && pthread_create(&made[count], NULL, start, job) == 0) count++;
+    work(job);
+    while (count > 0) pthread_join(made[--count], NULL);
 }
 
-void memopt_adamw8(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t threads,
-                   int32_t level) {
-    step_all(ADAMW, tasks, count, blocks, settings, threads, level);
+static void step_all(int rule, const Task *tasks, int64_t count, int64_t blocks, const Settings *settings,
+                     int32_t level, int32_t threads, Parallel *parallel) {
+    const int64_t most = (blocks + SHARE - 1) / SHARE;
+    Job job = {rule, tasks, count, blocks, most < 4 * threads ? most : 4 * threads, settings, level, 0};
+    threads = most < threads ? (int32_t)most : threads;
+    if (threads <= 1)
+        work(&job);
+    else if (parallel != NULL)
+        parallel(work, &job, (unsigned)threads, 0);
+    else
+        work_together(&job, threads);
 }
 
-void memopt_lion8(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t threads,
-                  int32_t level) {
-    step_all(LION, tasks, count, blocks, settings, threads, level);
+void memopt_adamw8(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t level,
+                   int32_t threads, Parallel *parallel) {
+    step_all(ADAMW, tasks, count, blocks, settings, level, threads, parallel);
 }
 
-void memopt_sgd8(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t threads,
-                 int32_t level) {
-    step_all(SGD, tasks, count, blocks, settings, threads, level);
+void memopt_lion8(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t level,
+                  int32_t threads, Parallel *parallel) {
+    step_all(LION, tasks, count, blocks, settings, level, threads, parallel);
+}
+
+void memopt_sgd8(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t level,
+                 int32_t threads, Parallel *parallel) {
+    step_all(SGD, tasks, count, blocks, settings, level, threads, parallel);
 }

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 /* Raised whenever a struct or the meaning of a field changes, so that an old library is noticed. */
-enum { STEP8_VERSION = 2 };
+enum { STEP8_VERSION = 1 };
 
 enum { BLOCK = 256 };              /* elements that share a scale */
 enum { SIGNED = 0, UNSIGNED = 1 }; /* the two dynamic maps, and the state each is for */
@@ -16,8 +16,8 @@ typedef struct {
     int64_t stride;
 } Rows;
 
-/* A tensor as rows x cols. A block is up to 256 neighbours in a row and has one scale per state. The blocks of all tasks
- * are numbered through. */
+/* A tensor as rows x cols. A block is up to 256 neighbours in a row and has one scale per state. The blocks of all
+ * tasks are numbered through. */
 typedef struct {
     Rows weight, grad; /* float or bfloat16 */
     struct {
@@ -48,11 +48,15 @@ typedef struct {
     float from_momentum, from_grad; /* SGD: the direction is from_momentum * momentum + from_grad * gradient */
 } Settings;
 
-/* One step of `count` tasks, which have `blocks` blocks together, on so many threads, the caller's included; they end
- * with the call. `level` picks the instructions: 0 plain C, 1 AVX2, 2 AVX-512; no more than memopt_step8_level(). The bits
- * are the same for any number of threads and any level. */
-typedef void Step(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t threads,
-                  int32_t level);
+/* Calls the function with the pointer on so many threads (fewer will do), the caller's included, and waits for them:
+ * GOMP_parallel of the OpenMP library that torch has loaded. Its threads are awake after torch's work, and would keep
+ * the processors from others for milliseconds. NULL: threads are made for the call. */
+typedef void Parallel(void (*)(void *), void *, unsigned threads, unsigned flags);
+
+/* One step of `count` tasks, which have `blocks` blocks together. `level` picks the instructions: 0 plain C, 1 AVX2, 2
+ * AVX-512; no more than memopt_step8_level(). The bits are the same for any level and number of threads. */
+typedef void Step(const Task *tasks, int64_t count, int64_t blocks, const Settings *settings, int32_t level,
+                  int32_t threads, Parallel *parallel);
 Step memopt_adamw8, memopt_lion8, memopt_sgd8;
 
 int32_t memopt_step8_level(void);
