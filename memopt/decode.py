@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from enum import StrEnum
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from memopt.errors import BadInput
@@ -36,11 +37,19 @@ def _decode(hint: Any, value: object, where: str) -> object:
         return tuple(items) if origin is tuple else items
     if origin is dict and isinstance(value, dict):
         return {str(key): _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return _member(hint, value, where)
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise BadInput(f"{where}: {value!r} should be {getattr(hint, '__name__', hint)}; the file is damaged or not ours")
+
+
+def _member(hint: type[StrEnum], value: object, where: str) -> object:
+    if isinstance(value, str) and value in set(hint):
+        return hint(value)
+    raise BadInput(f"{where}: {value!r} is none of {', '.join(hint)}")
 
 
 def _union(arguments: tuple[Any, ...], value: object, where: str) -> object:

@@ -31,7 +31,10 @@ class TierUse:
     `peak_bytes`: measured; for DRAM the sampled peak of anonymous + shared memory of the process tree.
     `upper_bound_bytes`: the kernel's own high-water mark (VmHWM, summed over the tree), file pages included.
     `file_bytes`: the most file-backed pages seen resident; clean and reclaimable, in no budget.
-    `within`: peak_bytes <= budget_bytes; None without a budget. `at_peak`: bytes by category, `other` = peak - charged.
+    `within`: peak_bytes <= budget_bytes; None without a budget. `at_peak`: bytes by category, `other` = peak - what was
+    attributed; `attributed_by` says who attributed ("ledger": memopt's own leases, "torch": modules, optimizers and
+    allocator of a program; None: nobody, all is `other`). `kinds_at_peak`: the same bytes as the operating system or
+    the driver tells them apart ("anonymous", "shared"; "allocated", "cached", "non_torch").
     """
 
     budget_bytes: int | None = None
@@ -43,6 +46,70 @@ class TierUse:
     within: bool | None = None
     at_peak: dict[str, int] = field(default_factory=dict)
     predicted_at_peak: dict[str, int] = field(default_factory=dict)
+    attributed_by: Literal["ledger", "torch"] | None = None
+    kinds_at_peak: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DramUse(TierUse):
+    """DRAM of the process tree, and of the container around it.
+
+    `proportional_bytes`: the most seen of PSS less file pages, each shared page counted once over the tree (sampled
+    about once a second; None where it cannot be read). `locked_bytes`: the most locked or pinned, already among the
+    anonymous or shared ones. `page_cache_bytes`: the most that the page cache held of the watched files. `limit_bytes`
+    and `limit_file`: the container's limit and where it is set. `working_set_bytes`: the most the container used less
+    its file pages. `container_peak_bytes`: the kernel's own mark for the container, page cache included. `oom_kills`:
+    processes the kernel killed for memory in the container during the run.
+    """
+
+    proportional_bytes: int | None = None
+    locked_bytes: int | None = None
+    page_cache_bytes: int | None = None
+    limit_bytes: int | None = None
+    limit_file: str | None = None
+    working_set_bytes: int | None = None
+    container_peak_bytes: int | None = None
+    oom_kills: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUse:
+    """Peaks of one GPU. `allocated_bytes` and `reserved_bytes`: torch's allocator in this process; `process_bytes`: the
+    driver's number for the process tree; `used_bytes`: the whole device, other processes included; `others_bytes`: the
+    most that others held.
+    """
+
+    index: int
+    name: str
+    used_bytes: int
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    process_bytes: int | None = None
+    others_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuUse(TierUse):
+    """All GPUs the job used, added up. `pinned_bytes`: the most of host memory that torch held pinned (it is DRAM)."""
+
+    devices: list[DeviceUse] = field(default_factory=list)
+    pinned_bytes: int | None = None
+    alloc_retries: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUse:
+    """One block device during the run, all processes of the machine together.
+
+    `read_wait_s`, `write_wait_s`: mean seconds of a request, queueing included; `queue`: mean requests under way.
+    """
+
+    name: str
+    read_bytes: int
+    write_bytes: int
+    read_wait_s: float | None = None
+    write_wait_s: float | None = None
+    queue: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +126,16 @@ class SsdUse(TierUse):
     process_write_bytes: int | None = None
     predicted_write_bytes: int | None = None
     endurance_bytes: int | None = None
+    write_budget_bytes: int | None = None
+    disks: list[DiskUse] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiers:
     """One entry per tier; None for a tier the job did not touch."""
 
-    gpu: TierUse | None = None
-    dram: TierUse = field(default_factory=TierUse)
+    gpu: GpuUse | None = None
+    dram: DramUse = field(default_factory=DramUse)
     ssd: SsdUse | None = None
 
 
@@ -83,23 +152,55 @@ class IoUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A named stretch of the run; seconds since the start."""
+    """A named stretch of the run; seconds since the start. `read_bytes` and `write_bytes`: device traffic of the
+    process tree meanwhile. `at_peak`: bytes by tier and category at the phase's peak of each tier, where attributed.
+    """
 
     name: str
     start_s: float
     end_s: float
     dram_peak_bytes: int | None = None
     gpu_peak_bytes: int | None = None
+    read_bytes: int | None = None
+    write_bytes: int | None = None
+    at_peak: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Equally long lists; thinned so that minima and maxima stay. None where a tier was not sampled."""
+    """Equally long lists; thinned so that minima and maxima stay. None where a tier was not sampled.
+
+    `categories`: tier -> category -> bytes at each time, where they were attributed (memopt's leases, or a torch
+    program's own tensors); `other` is what is left of the measured bytes.
+    """
 
     t_s: list[float] = field(default_factory=list)
     gpu_bytes: list[int | None] = field(default_factory=list)
     dram_bytes: list[int | None] = field(default_factory=list)
     ssd_bytes: list[int | None] = field(default_factory=list)
+    categories: dict[str, dict[str, list[int | None]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildUse:
+    """The command that was profiled from outside. `exit_code` is what a shell would see (128 + signal).
+
+    `killed_for_memory`: the kernel's count of kills in the container went up; `evidence` says which file told.
+    """
+
+    exit_code: int
+    signal: str | None = None
+    killed_for_memory: bool = False
+    evidence: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """What watching cost: samples taken, CPU seconds of the sampling thread, and its resident bytes."""
+
+    samples: int
+    cpu_s: float
+    dram_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +225,10 @@ class Report:
     config: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    child: ChildUse | None = None
+    overhead: Overhead | None = None
+    complete: bool = True
+    """False for a report made from samples on disk after the profiler itself was killed."""
     schema: str = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

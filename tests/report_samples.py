@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memopt.machine import Machine
-from memopt.report_types import IoUse, Phase, Report, SsdUse, Tiers, TierUse, Timeline, Verdict
+from memopt.report_types import DramUse, IoUse, Phase, Report, SsdUse, Tiers, Timeline, Verdict
 from memopt.units import GiB, MiB
 
 
@@ -17,7 +17,7 @@ def sample_report(verdict: Verdict = "within", dram_peak_bytes: int = 960 * MiB)
         machine=Machine(name="box", cpu_count=2, dram_bytes=16 * GiB, notes=("limited by nothing",)),
         verdict=verdict,
         tiers=Tiers(
-            dram=TierUse(
+            dram=DramUse(
                 budget_bytes=GiB,
                 peak_bytes=dram_peak_bytes,
                 upper_bound_bytes=1200 * MiB,

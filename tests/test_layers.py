@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "memopt"
 # modules at the top may import modules of their own line, in no circle.
 LINES: tuple[tuple[str, ...], ...] = (
     ("errors", "tiers", "units", "atomic", "cgroups", "decode"),
-    ("budget", "machine", "plan_types", "optim_types", "report_types"),
+    ("budget", "machine", "plan_types", "optim_types", "report_types", "forecast_types"),
     ("ledger",),
     ("store",),
     ("optim", "offload", "flash", "kv"),

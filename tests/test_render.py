@@ -6,7 +6,7 @@ import io
 from rich.console import Console
 
 from memopt.profiler.render import render, render_text
-from memopt.report_types import TierUse
+from memopt.report_types import DramUse
 from memopt.units import MiB
 from tests.report_samples import sample_report
 
@@ -29,7 +29,7 @@ def test_categories_show_other_always_and_empty_ones_never() -> None:
     assert row(text, "other") == "other 160.00 MiB 0 B"
     assert "kv_cache" not in text
     report = sample_report()
-    bare = dataclasses.replace(report, tiers=dataclasses.replace(report.tiers, dram=TierUse(), ssd=None))
+    bare = dataclasses.replace(report, tiers=dataclasses.replace(report.tiers, dram=DramUse(), ssd=None))
     assert row(render_text(bare), "other") == "other 0 B"
 
 

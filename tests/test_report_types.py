@@ -31,7 +31,7 @@ def test_the_json_has_the_agreed_shape() -> None:
     assert tier | {"upper_bound_bytes", "file_bytes"} <= set(data["tiers"]["dram"])
     assert {"read_bytes", "write_bytes"} <= set(data["tiers"]["ssd"])
     assert set(data["phases"][0]) >= {"name", "start_s", "end_s", "dram_peak_bytes"}
-    assert set(data["timeline"]) == {"t_s", "gpu_bytes", "dram_bytes", "ssd_bytes"}
+    assert set(data["timeline"]) == {"t_s", "gpu_bytes", "dram_bytes", "ssd_bytes", "categories"}
 
 
 def test_a_diverged_loss_is_still_valid_json() -> None:

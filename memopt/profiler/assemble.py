@@ -11,7 +11,7 @@ from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.plan_types import Prediction
 from memopt.profiler.session import Measured
-from memopt.report_types import IoUse, Report, SsdUse, Tiers, TierUse, Verdict
+from memopt.report_types import DramUse, GpuUse, IoUse, Report, SsdUse, Tiers, Verdict
 from memopt.tiers import Category, Tier
 
 
@@ -42,7 +42,7 @@ def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story,
     """The report of one job. A tier nothing was measured, charged or budgeted on is left out (None)."""
     tiers = Tiers(
         gpu=_gpu(measured, ledger, story.predicted),
-        dram=TierUse(
+        dram=DramUse(
             upper_bound_bytes=measured.dram_upper_bound_bytes,
             file_bytes=measured.file_peak_bytes,
             **_common(Tier.DRAM, measured.dram_peak_bytes, ledger, story.predicted),
@@ -82,6 +82,7 @@ def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tie
         "predicted_bytes": None if forecast is None else forecast.total_bytes,
         "within": None if budget is None or peak is None else peak <= budget,
         "at_peak": at_peak,
+        "attributed_by": "ledger" if charged else None,
         "predicted_at_peak": {} if forecast is None else {str(what): n for what, n in forecast.by_category.items()},
     }
 
@@ -92,11 +93,11 @@ def _used(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tier,
     )
 
 
-def _gpu(measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> TierUse | None:
+def _gpu(measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> GpuUse | None:
     peak = measured.gpu_peak_bytes
     if not _used(Tier.GPU, peak, ledger, predicted):
         return None
-    return TierUse(**_common(Tier.GPU, peak, ledger, predicted))
+    return GpuUse(**_common(Tier.GPU, peak, ledger, predicted))
 
 
 def _ssd(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None) -> SsdUse | None:
