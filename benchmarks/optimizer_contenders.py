@@ -142,6 +142,7 @@ CONTENDERS = {
     ),
     "memopt lion8bit": Contender(package="memopt", make=_memopt("lion8bit")),
     "memopt muon": Contender(package="memopt", make=_memopt("muon")),
+    "memopt muon, bfloat16 products": Contender(package="memopt", make=_memopt("muon", ns_dtype="bfloat16")),
     "memopt muon8bit": Contender(package="memopt", make=_memopt("muon8bit")),
     "memopt galore": Contender(package="memopt", make=_memopt("galore"), projects=True),
     "memopt galore8bit": Contender(package="memopt", make=_memopt("galore8bit"), projects=True),

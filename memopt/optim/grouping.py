@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memopt.errors import BadInput
-from memopt.optim import costs
+from memopt.optim import costs, newton_schulz
 from memopt.optim.items import Route, RoutedPart
 from memopt.optim.optimizer import ParamGroup
 from memopt.optim.presets import Assignment, decays
@@ -91,4 +91,7 @@ def describe(preset: str, assignments: Sequence[Assignment]) -> str:
     for line in lines:
         cells = [c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))]
         text.append("  ".join([*cells, line[-1]]).rstrip())
+    defaults = (a for a in assignments if a.policy.rule == "muon" and a.policy.ns_dtype is None)
+    hints = (newton_schulz.faster_products(a.routed.parameter.device) for a in defaults)
+    text.extend(dict.fromkeys(hint for hint in hints if hint))
     return "\n".join(text)

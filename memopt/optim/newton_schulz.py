@@ -41,6 +41,7 @@ _POLYNOMIALS: dict[Coefficients, tuple[tuple[float, float, float], ...]] = {
     ),
     Coefficients.JORDAN: ((3.4445, -4.7750, 2.0315),),
 }
+_BF16_UNITS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 _NORM_FACTOR = {Coefficients.POLAR_EXPRESS: 1.02, Coefficients.JORDAN: 1.0}
 """Polar Express diverges just above 1; rounding in bfloat16 must not carry a singular value there (its safety)."""
 
@@ -89,6 +90,19 @@ def orthogonalize_each(
 def working_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA; float32 elsewhere: CPUs without matrix units multiply bfloat16 slower than float32."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def faster_products(device: torch.device) -> str | None:
+    """A sentence where another dtype than the default would be much faster; None elsewhere.
+
+    The default does not depend on the CPU, so that a run goes on with the same numbers on another one.
+    """
+    if device.type != "cpu" or not any(getattr(torch.cpu, name, bool)() for name in _BF16_UNITS):
+        return None
+    return (
+        "Newton-Schulz computes in float32; this CPU multiplies bfloat16 matrices in hardware, so "
+        'ns_dtype="bfloat16" (what GPUs and torch.optim.Muon use) is several times as fast'
+    )
 
 
 def polynomials(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
