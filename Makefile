@@ -1,7 +1,7 @@
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: venv check test demo clean
+.PHONY: venv check test test-deepspeed demo clean
 
 venv: .venv/.installed
 
@@ -17,9 +17,18 @@ check: venv
 test: venv
 	scripts/test
 
+# the tests against DeepSpeed itself, in an environment of its own: memopt has to work without it
+test-deepspeed: .venv-deepspeed/.installed
+	.venv-deepspeed/bin/python -m pytest -q -rs -m deepspeed
+
+.venv-deepspeed/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install --quiet -c constraints.txt -e ".[hf,dev,deepspeed]"
+	touch $@
+
 demo: venv
 	$(BIN)/memopt demo
 
 clean:
-	rm -rf memopt/optim/*.so .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf memopt/optim/*.so .venv .venv-deepspeed .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
