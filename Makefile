@@ -1,7 +1,7 @@
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: venv check test test-deepspeed demo clean
+.PHONY: venv check test test-deepspeed test-vllm demo clean
 
 venv: .venv/.installed
 
@@ -26,9 +26,19 @@ test-deepspeed: .venv-deepspeed/.installed
 	.venv-deepspeed/bin/python -m pip install --quiet -c constraints.txt -e ".[hf,dev,deepspeed]"
 	touch $@
 
+# the tests inside vLLM's CPU build, in an environment of its own: vLLM pins most of what it needs
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -q -rs -m vllm
+
+.venv-vllm/.installed: pyproject.toml setup.py constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 demo: venv
 	$(BIN)/memopt demo
 
 clean:
-	rm -rf memopt/optim/*.so .venv .venv-deepspeed .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf memopt/optim/*.so .venv .venv-deepspeed .venv-vllm .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
