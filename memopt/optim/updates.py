@@ -19,7 +19,7 @@ from memopt.optim.sharding import rows_of, whole, wrap
 from memopt.units import MiB
 
 BATCH_BYTES = 64 * MiB
-"""Matrices of one shape are orthogonalised together up to this many bytes of scratch: four float32 1024 x 1024 matrices.
+"""Matrices of one shape are orthogonalised together up to this many bytes of scratch (four float32 1024 x 1024 ones).
 Above that size products fill a CPU or a GPU on their own."""
 
 
