@@ -6,7 +6,9 @@ version of Python. Everything else is in pyproject.toml.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -39,6 +41,12 @@ class BuildKernels(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
+
+    def copy_file(self, infile: str, outfile: str, *args: Any, **kwargs: Any) -> tuple[str, bool]:
+        # an editable installation writes into the tree: a process that has the old library mapped must keep its file
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(outfile)
+        return super().copy_file(infile, outfile, *args, **kwargs)
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.harness import Table, machine_facts, number, say
-from memopt.optim.muon import MuonSettings, directions
+from memopt.optim.muon import MuonSettings, direction
 from memopt.optim.spectrum import spectrum
 
 WIDTH, HEADS, LAYERS, BATCH = 64, 4, 2, 256
@@ -118,9 +118,9 @@ class _AdamAndMuon:
     def step(self) -> None:
         if self._adam is not None:
             self._adam.step()
-        grads = [each.grad for each in self._muon if each.grad is not None]
-        for index, direction in directions(grads, self._buffers, self._settings):
-            self._muon[index].sub_(direction, alpha=self._lr)
+        for each, buffer in zip(self._muon, self._buffers, strict=True):
+            if each.grad is not None:
+                each.sub_(direction(each.grad, buffer, self._settings), alpha=self._lr)
 
     def zero_grad(self) -> None:
         for each in self._muon:

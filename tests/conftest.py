@@ -14,6 +14,12 @@ from tests.finetune_helpers import forks, one_thread, tiny  # noqa: F401 - fixtu
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The last bits of MKL's products depend on where the operands happen to lie in memory, unless it is told before its
+# first one to keep to one path; tests that compare to the bit, and the processes they start, need that
+os.environ.setdefault("MKL_CBWR", "AVX2")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

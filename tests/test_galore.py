@@ -177,7 +177,9 @@ def test_stored_bases_are_near_the_exact_ones(dtype: Any, error: float) -> None:
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", [(14, 9), (9, 14), (10, 10)])
 def test_original_mode_is_galore_torch_step_by_step(shape: tuple[int, int], proj_type: Any) -> None:
-    lr, beta1, beta2, eps, steps = 0.02, 0.9, 0.999, 1e-6, 50
+    # eps far above rounding: projected from both sides, a fresh gradient is diagonal but for its last bits, which a
+    # small eps would divide into updates of full size
+    lr, beta1, beta2, eps, steps = 0.02, 0.9, 0.999, 1e-2, 50
     config = replace(ORIGINAL, rank=4, update_proj_gap=12, scale=0.5, proj_type=proj_type)
     inputs, target, start = draw(64, shape[0]), draw(64, shape[1], seed=1), draw(*shape, seed=2)
 

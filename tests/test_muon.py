@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import associative_memory
 from memopt.errors import BadInput
-from memopt.optim.muon import MuonSettings, Scale, batches, direction, directions, momentum_, scale
+from memopt.jobs.optimizer import build_optimizer
+from memopt.optim import updates
+from memopt.optim.muon import MuonSettings, Scale, direction, momentum_, scale
 from memopt.optim.newton_schulz import Coefficients, orthogonalize, orthogonalize_each, polynomials, scratch_bytes
+from memopt.optim.optimizer import Optimizer
 from tests.reference.muon import polar_factor, run_muon, through_quintics
 
 SHAPES = [(33, 33), (17, 60), (60, 17), (1, 9), (9, 1), (1, 1), (2, 3, 12, 20), (4, 20, 12)]
@@ -245,40 +248,56 @@ def test_without_nesterov_the_buffer_itself_is_the_update() -> None:
     assert momentum_(random(3, 4), buffer, momentum=0.9, nesterov=False) is buffer
 
 
-@pytest.mark.parametrize("limit_bytes", [1, 20_000, 1 << 30])
-def test_batching_changes_no_bit_on_cpu(limit_bytes: int) -> None:
-    shapes = [(12, 20), (20, 12), (12, 20), (3, 12, 20), (12, 20), (2, 2, 20, 12), (12, 20)]
-    grads = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    settings = MuonSettings()
-    buffers = [torch.zeros(shape) for shape in shapes]
-    got = dict(directions(grads, buffers, settings, limit_bytes=limit_bytes))
-    assert sorted(got) == list(range(len(shapes)))
-    for i, shape in enumerate(shapes):
-        buffer = torch.zeros(shape)
-        assert torch.equal(got[i], direction(grads[i], buffer, settings))
-        assert torch.equal(buffers[i], buffer)
+class Matrices(torch.nn.Module):
+    """Hidden matrices of a few shapes, stacks among them."""
+
+    SHAPES = ((12, 20), (20, 12), (12, 20), (3, 12, 20), (12, 20), (2, 20, 12), (12, 20))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ParameterList(random(*shape, seed=seed) for seed, shape in enumerate(self.SHAPES))
+
+    def steps(self, count: int, **options: Any) -> Optimizer:
+        optimizer = build_optimizer(self, "muon", lr=0.1, overrides={"layers.*": "muon"}, **options)
+        for step in range(count):
+            for i, each in enumerate(self.layers):
+                each.grad = random(*each.shape, seed=100 * step + i)
+            optimizer.step()
+        return optimizer
 
 
-def test_batches_stay_within_the_limit_and_join_only_equal_shapes() -> None:
-    matrices = [torch.empty(shape, device="meta") for shape in [(8, 16)] * 5 + [(16, 8)] * 2 + [(4, 8, 16)]]
-    one = scratch_bytes(8, 16)
-    assert batches(matrices, limit_bytes=2 * one + 1) == [[0, 1], [2, 3], [4], [5, 6], [7]]
-    assert batches(matrices, limit_bytes=1) == [[i] for i in range(8)]
-    assert batches(matrices, limit_bytes=100 * one) == [[0, 1, 2, 3, 4], [5, 6], [7]]
-    assert batches([], limit_bytes=1) == []
+@pytest.mark.parametrize("limit_bytes", [1, 20_000])
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_how_matrices_are_batched_changes_no_bit_on_cpu(
+    limit_bytes: int, state_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, apart = Matrices(), Matrices()
+    whole = together.steps(3, state_dtype=state_dtype)
+    monkeypatch.setattr(updates, "BATCH_BYTES", limit_bytes)
+    cut = apart.steps(3, state_dtype=state_dtype)
+    for mine, other in zip(together.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    states = [list(each.state_dict()["state"].values()) for each in (whole, cut)]
+    for one, two in zip(*states, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one if isinstance(one[name], torch.Tensor))
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_directions_hold_one_batch_at_a_time(nesterov: bool) -> None:
-    grads = [random(16, 24, seed=seed) for seed in range(12)] + [random(12, 16, 24)]
-    buffers = [torch.zeros_like(grad) for grad in grads]
-    limit = 3 * scratch_bytes(16, 24)
-    one = 4 * 16 * 24
-    with PeakBytes(*grads, *buffers) as seen:
-        for _, d in directions(grads, buffers, MuonSettings(nesterov=nesterov), limit_bytes=limit):
-            del d
-    result_of_the_stack, nesterov_copies = 12 * one, 3 * one
-    assert limit < seen.peak <= limit + result_of_the_stack + nesterov_copies + 1024
+def test_one_batch_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ParameterList(random(16, 24, seed=seed) for seed in range(24))
+    optimizer = build_optimizer(model, "muon", lr=0.1, overrides={"layers.*": "muon"})
+    monkeypatch.setattr(updates, "BATCH_BYTES", 3 * scratch_bytes(16, 24))
+    peaks = []
+    for _ in range(2):
+        for each in model.parameters():
+            each.grad = torch.ones_like(each)
+        held = [t for each in model.parameters() for t in (each, each.grad)]
+        held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        with PeakBytes(*held) as seen:
+            optimizer.step()
+        peaks.append(seen.peak)
+    one, updated = 4 * 16 * 24, 2
+    assert 3 * scratch_bytes(16, 24) < peaks[-1] <= 3 * scratch_bytes(16, 24) + (3 + updated) * one + 2048
 
 
 @pytest.mark.gpu

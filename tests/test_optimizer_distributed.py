@@ -11,7 +11,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,18 @@ class Single:
         self.end = weights(model)
 
 
-@pytest.fixture(scope="module")
-def singles() -> dict[str, Single]:
+@pytest.fixture(scope="module", autouse=True)
+def threads_of_a_rank() -> Iterator[None]:
+    """As the two have it: a product cut among threads is rounded otherwise."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two have it
-    made = {preset: Single(preset) for preset in NAMES}
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
-    return made
+
+
+@pytest.fixture(scope="module")
+def singles(threads_of_a_rank: None) -> dict[str, Single]:
+    return {preset: Single(preset) for preset in NAMES}
 
 
 Results = Callable[[str], list[dict[str, Any]]]

@@ -234,8 +234,8 @@ class FinetuneConfig:
         """The settings that decide the numbers a run produces: they must not change on --resume."""
         fixed = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.metadata["fixed"]}
         for name in ("model", "data"):
-            # the same files named from another directory are the same files
-            if fixed[name] is not None and os.path.exists(fixed[name]):
+            # the same files named from another directory are the same files; the demo's model is none
+            if fixed[name] not in (None, "demo") and os.path.exists(fixed[name]):
                 fixed[name] = os.path.realpath(fixed[name])
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fixed.items()}
 

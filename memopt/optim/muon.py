@@ -6,29 +6,14 @@ The weights follow w <- (1 - lr * wd) w - lr d.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
 from memopt.errors import BadInput
-from memopt.optim.newton_schulz import (
-    EPS,
-    Coefficients,
-    check_matrix,
-    orthogonalize,
-    orthogonalize_each,
-    polynomials,
-    scratch_bytes,
-    working_dtype,
-)
-from memopt.units import MiB
-
-SCRATCH_LIMIT_BYTES = 32 * MiB
-"""Two float32 1024 x 1024 matrices at once; above that size products fill a CPU or a GPU on their own."""
+from memopt.optim.newton_schulz import EPS, Coefficients, check_matrix, orthogonalize, polynomials
 
 
 class Scale(StrEnum):
@@ -114,78 +99,6 @@ def direction(
     update = momentum_(grad, momentum_buffer, momentum=settings.momentum, nesterov=settings.nesterov)
     result = orthogonalize(
         update, coefficients=settings.coefficients, steps=settings.steps, dtype=settings.dtype, eps=settings.eps
-    )
-    return _scaled_(result, scale(m, n, settings.scale))
-
-
-def directions(
-    grads: Sequence[torch.Tensor],  # (..., m, n) float32, of any shapes
-    momentum_buffers: Sequence[torch.Tensor],  # as grads, updated in place
-    settings: MuonSettings,
-    *,
-    limit_bytes: int = SCRATCH_LIMIT_BYTES,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, d) of each gradient, batch by batch as `batches` has it, so that one batch is in memory at a time.
-
-    A buffer moves when its batch's turn comes: take all of them. How matrices are batched changes no result by more
-    than rounding: on CPU the results are the same bits; CUDA's libraries may choose another kernel for another batch.
-    A gradient whose stack of matrices alone passes the limit is worked off in slices. Raises BadInput.
-    """
-    for batch in batches(grads, dtype=settings.dtype, limit_bytes=limit_bytes):
-        first = grads[batch[0]]
-        step = _matrices_within(first, settings.dtype, limit_bytes)
-        if len(batch) == 1 and step < math.prod(first.shape[:-2]):
-            yield batch[0], _sliced(first, momentum_buffers[batch[0]], settings, step)
-            continue
-        pairs = [(grads[i], momentum_buffers[i]) for i in batch]
-        yield from zip(batch, _stacked(pairs, settings), strict=True)
-
-
-def batches(
-    matrices: Sequence[torch.Tensor], *, dtype: torch.dtype | None = None, limit_bytes: int = SCRATCH_LIMIT_BYTES
-) -> list[list[int]]:
-    """Indices of `matrices` (..., m, n) that go through Newton-Schulz together: same shape, same device.
-
-    The scratch of a batch (`scratch_bytes`) stays within `limit_bytes`, unless it is a single one. Only shapes and
-    devices are looked at. Groups come in the order of their first member.
-    """
-    groups: dict[tuple[torch.Size, torch.device], list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        groups.setdefault((matrix.shape, matrix.device), []).append(index)
-    found: list[list[int]] = []
-    for members in groups.values():
-        first = matrices[members[0]]
-        size = max(1, _matrices_within(first, dtype, limit_bytes) // max(1, math.prod(first.shape[:-2])))
-        found.extend(members[start : start + size] for start in range(0, len(members), size))
-    return found
-
-
-def _matrices_within(like: torch.Tensor, dtype: torch.dtype | None, limit_bytes: int) -> int:
-    m, n = check_matrix(like).shape[-2:]
-    return max(1, limit_bytes // max(1, scratch_bytes(m, n, dtype=dtype or working_dtype(like.device))))
-
-
-def _sliced(grad: torch.Tensor, buffer: torch.Tensor, settings: MuonSettings, step: int) -> torch.Tensor:
-    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    for lead in itertools.product(*(range(size) for size in grad.shape[:-3])):
-        for to, g, b in zip(*(each[lead].split(step) for each in (out, grad, buffer)), strict=True):
-            to.copy_(direction(g, b, settings))
-    return out
-
-
-@torch.no_grad()
-def _stacked(pairs: list[tuple[torch.Tensor, torch.Tensor]], settings: MuonSettings) -> torch.Tensor:
-    like = pairs[0][0]
-    m, n = like.shape[-2:]
-    result = orthogonalize_each(
-        (momentum_(g, b, momentum=settings.momentum, nesterov=settings.nesterov) for g, b in pairs),
-        count=len(pairs),
-        shape=like.shape,
-        device=like.device,
-        coefficients=settings.coefficients,
-        steps=settings.steps,
-        dtype=settings.dtype,
-        eps=settings.eps,
     )
     return _scaled_(result, scale(m, n, settings.scale))
 

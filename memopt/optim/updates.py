@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
 from memopt.optim import muon, projection
 from memopt.optim.element import SLOTS, DeviceKernels, Hyper, Stored, Task, apply_, name_seed, step_
 from memopt.optim.items import Item
-from memopt.optim.newton_schulz import orthogonalize
+from memopt.optim.newton_schulz import orthogonalize, orthogonalize_each, scratch_bytes, working_dtype
 from memopt.optim.part_state import stored
+from memopt.optim.presets import Policy
 from memopt.optim.rules import EXP_AVG_SQ
 from memopt.optim.sharding import rows_of, whole, wrap
 from memopt.units import MiB
 
-BATCH_BYTES = 32 * MiB
-"""Matrices of one shape are orthogonalised together up to this many bytes of momentum. Larger batches gained nothing
-on a CPU, and the scratch is a few times this."""
+BATCH_BYTES = 64 * MiB
+"""Matrices of one shape are orthogonalised together up to this many bytes of scratch (four float32 1024 x 1024 ones).
+Above that size products fill a CPU or a GPU on their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +52,31 @@ def update_(items: Sequence[Item], hyper: Hyper, means: Means) -> None:
 def muon_(items: Sequence[Item], hyper: Hyper) -> None:
     """One step of Muon on items of one shape and policy: momentum, orthogonalisation, scaled update."""
     policy = items[0].policy
-    updates = []
-    for item in items:
-        (momentum,) = _states(item, item.weights)
-        buffer = momentum.load()
-        update = muon.momentum_(item.grad.float(), buffer, momentum=hyper.momentum, nesterov=hyper.nesterov)
-        momentum.store(buffer)
-        if item.like is not None:
-            update = whole(wrap(update, item.like, (item.like.shape[0], *update.shape[1:])))
-        updates.append(update)
-    shape = updates[0].shape
-    stack = torch.cat([u.reshape(-1, *shape[-2:]) for u in updates]) if len(updates) > 1 else updates[0]
-    directions = orthogonalize(stack, coefficients=policy.coefficients, steps=policy.ns_steps, dtype=policy.ns_dtype)
+    shape = _whole_shape(items[0])
+    directions = orthogonalize_each(
+        (_momentum(item, hyper) for item in items),
+        count=len(items),
+        shape=shape,
+        device=items[0].weights.device,
+        coefficients=policy.coefficients,
+        steps=policy.ns_steps,
+        dtype=policy.ns_dtype,
+    )
     size = muon.scale(shape[-2], shape[-1], policy.scale_mode)
-    for item, d in zip(items, directions.view(len(items), *shape), strict=True):
+    for item, d in zip(items, directions, strict=True):
         mine = d if item.like is None else rows_of(d, item.like)
         apply_(item.weights, mine, hyper, scale=size)
+
+
+def _momentum(item: Item, hyper: Hyper) -> torch.Tensor:
+    """What is to be orthogonalised, of the whole matrix; the item's state moves."""
+    (momentum,) = _states(item, item.weights)
+    buffer = momentum.load()
+    update = muon.momentum_(item.grad.float(), buffer, momentum=hyper.momentum, nesterov=hyper.nesterov)
+    momentum.store(buffer)
+    if item.like is None:
+        return update
+    return whole(wrap(update, item.like, (item.like.shape[0], *update.shape[1:])))
 
 
 def low_rank_(item: Item, hyper: Hyper, means: Means) -> None:
@@ -141,14 +152,19 @@ def _states(item: Item, values: torch.Tensor) -> tuple[Stored, ...]:
 
 
 def _batches(items: Sequence[Item]) -> list[list[Item]]:
-    """Items of one shape, policy and device together, in batches of at most BATCH_BYTES."""
-    alike: dict[object, list[Item]] = {}
+    """Items of one shape, policy and device together, in batches of at most BATCH_BYTES of scratch, or of one."""
+    alike: dict[tuple[tuple[int, ...], Policy, torch.device], list[Item]] = {}
     for item in items:
-        shape = tuple(item.weights.shape) if item.like is None else tuple(item.like.shape)
-        alike.setdefault((shape, item.policy, item.weights.device), []).append(item)
+        alike.setdefault((_whole_shape(item), item.policy, item.weights.device), []).append(item)
     batches = []
-    for group in alike.values():
-        each = 4 * group[0].weights.numel()
+    for (shape, policy, device), group in alike.items():
+        dtype = policy.ns_dtype or working_dtype(device)
+        each = prod(shape[:-2]) * scratch_bytes(*shape[-2:], dtype=dtype)
         size = max(1, BATCH_BYTES // max(each, 1))
         batches += [group[i : i + size] for i in range(0, len(group), size)]
     return batches
+
+
+def _whole_shape(item: Item) -> tuple[int, ...]:
+    """(..., m, n) of the matrix that an item is, or is the rows of."""
+    return tuple(item.weights.shape if item.like is None else (item.like.shape[0], *item.weights.shape[1:]))

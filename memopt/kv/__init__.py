@@ -1,0 +1,1 @@
+"""Key-value caches that are smaller: thin keys (ThinK), and what attends to them."""
