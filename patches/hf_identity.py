@@ -15,7 +15,7 @@ _SAMPLE_ROWS = 64
 
 
 def identity_of(config: Any, *, weights: str = "") -> ModelIdentity:
-    """The identity of the language model that a `PreTrainedConfig` describes; `weights` from `weights_digest`, if known.
+    """The identity of the language model that a `PreTrainedConfig` describes; `weights` from `weights_digest` or "".
 
     Raises:
         BadInput: the configuration names no attention heads or layers.

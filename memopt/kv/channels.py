@@ -38,13 +38,12 @@ def kept_count(head_dim: int, keep: float, *, multiple: int = 8) -> int:
 def energy(x: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean square of every channel over the real tokens, in float32: (..., N, D) -> (..., D).
 
-    `real` is (B, N) bool and broadcasts over the heads of a 4-dimensional `x`; a row without real tokens gives zeros.
+    `real` is bool, (B, N) for all heads or (B, K, N); a row without real tokens gives zeros.
     """
-    # the dtype argument accumulates in float32 without a float32 copy of x when x already is
     squares = x.float().square()
     if real is None:
         return squares.mean(-2)
-    weight = real[:, None, :, None].to(squares.dtype)
+    weight = (real if real.dim() == 3 else real[:, None])[..., None].to(squares.dtype)
     return (squares * weight).sum(-2) / weight.sum(-2).clamp(min=1.0)
 
 
@@ -61,7 +60,7 @@ def channel_scores(
     key: Tensor,  # (B, K, T, D), all cached keys, after rotary embedding
     *,
     query_real: Tensor | None = None,  # (B, Q) bool, False at padding
-    key_real: Tensor | None = None,  # (B, T) bool, False at padding
+    key_real: Tensor | None = None,  # (B, T) or (B, K, T) bool, False at padding
 ) -> Tensor:
     """ThinK's score of every channel, (B, K, D) float32: the squared Frobenius norm, by means instead of sums.
 
@@ -106,12 +105,10 @@ def spread(x: Tensor, channels: Tensor, head_dim: int) -> Tensor:
     return out.scatter_(-1, channels[:, :, None, :].expand(x.shape[0], -1, x.shape[2], -1), x)
 
 
-def last_real(x: Tensor, real: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Each row's last `count` real tokens, in order, padding (if a row has fewer) in front.
+def last_real(real: Tensor, count: int) -> Tensor:
+    """Positions of each row's last `count` real tokens, in order: real (B, N) bool -> (B, min(count, N)) int64.
 
-    x (B, H, N, D), real (B, N) bool -> (B, H, min(count, N), D) and its mask (B, min(count, N)).
+    A row with fewer has positions of padding in front.
     """
     # a stable sort puts padding first and leaves the real tokens in order
-    order = real.to(torch.int8).sort(dim=-1, stable=True).indices[:, -count:]
-    index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index), real.gather(1, order)
+    return real.to(torch.int8).sort(dim=-1, stable=True).indices[:, -count:]
