@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from memopt.errors import BadInput
@@ -126,8 +127,6 @@ _held: weakref.WeakKeyDictionary[PreTrainedModel, _Held] = weakref.WeakKeyDictio
 def _sdpa(
     module: nn.Module, query: Tensor, key: Any, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     return _dispatch(sdpa_attention_forward, module, query, key, value, attention_mask, options)
 
 

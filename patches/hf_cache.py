@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from memopt.errors import BadInput
 from memopt.kv.channel_file import ChannelSets, load_channels
@@ -92,13 +93,10 @@ class ThinLayer(DynamicLayer):
             if options.get(name) is not None:
                 raise BadInput(f"{type(module).__name__} adds {name} to its attention, which ThinKCache does not do")
         if self.state is not None:
-            return self.state.attend(
-                query,
-                mask,
-                scaling=scaling,
-                softcap=options.get("softcap"),
-                weights=bool(options.get("output_attentions")),
-            )
+            # transformers' sdpa leaves softcapping out; what follows the prompt must not differ from it in that
+            softcap = None if stock is sdpa_attention_forward else options.get("softcap")
+            wanted = bool(options.get("output_attentions"))
+            return self.state.attend(query, mask, scaling=scaling, softcap=softcap, weights=wanted)
         assert self._dense_keys is not None and self._dense_values is not None
         output = stock(module, query, self._dense_keys, self._dense_values.view(), mask, **options)
         self._after_dense(query, mask, scaling)
