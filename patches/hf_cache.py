@@ -264,7 +264,7 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
         prompt_tokens: int | None = None,
     ) -> None:
         _refuse_versions()
-        text = _served(model)
+        text = served(model)
         sets = None if channels is None else load_channels(Path(channels), _identity(model))
         if prompt_tokens is not None and prompt_tokens < 1:
             raise BadInput(f"prompt_tokens = {prompt_tokens}: must be at least 1")
@@ -329,7 +329,7 @@ def _refuse_versions() -> None:
         )
 
 
-def _served(model: PreTrainedModel) -> Any:
+def served(model: PreTrainedModel) -> Any:
     """The configuration of the language model; BadInput with the reason for models the cache does not serve."""
     if not isinstance(model, PreTrainedModel):
         raise BadInput(f"ThinKCache needs a Hugging Face model, not {type(model).__name__}")
@@ -361,14 +361,12 @@ def _identity(model: PreTrainedModel) -> Any:
 def _key_keep(asked: float | None, sets: ChannelSets | None) -> float:
     if sets is None:
         return 0.6 if asked is None else asked
-    if asked is not None:
-        count = kept_count(sets.model.head_dim, asked)
-        if count != sets.count:
-            raise BadInput(
-                f"key_keep = {asked} keeps {count} channels, the channel file {sets.count} (keep {sets.keep});"
-                " leave key_keep out, or calibrate again"
-            )
-    return sets.keep
+    if asked not in (None, sets.keep) and kept_count(sets.model.head_dim, asked or 0.0) != sets.count:
+        raise BadInput(
+            f"key_keep = {asked} keeps {kept_count(sets.model.head_dim, asked or 0.0)} channels, the channel file"
+            f" {sets.count} (keep {sets.keep}); leave key_keep out, or calibrate again"
+        )
+    return sets.count / sets.model.head_dim
 
 
 def _real_tokens(mask: Tensor | None, tokens: int, batch: int) -> Tensor | None:

@@ -111,7 +111,7 @@ def test_static_channels_from_a_file(tmp_path: Path) -> None:
     static = static_file(tmp_path / "keys.safetensors", model)
     expected = reference_logits(model, prompts, steps, recent=6, static=static)
     with ThinKCache(model, recent=6, channels=tmp_path / "keys.safetensors") as cache:
-        assert cache.settings.key_keep == 0.5
+        assert cache.settings.key_keep == 16 / 24  # what the file keeps, rounded up
         agree(step_logits(model, cache, prompts, steps, "left"), expected)
 
 

@@ -31,7 +31,7 @@ from memopt.errors import BadInput
 from memopt.kv.channel_file import ChannelSets, ModelIdentity, save_channels
 from memopt.kv.costs import LayerShape, dense_bytes, thin_bytes
 from memopt.kv.settings import ThinSettings
-from memopt.patches import hf_attention
+from memopt.patches import hf_attention, hf_cache
 from memopt.patches.hf_cache import ThinLayer
 from memopt.patches.hf_identity import identity_of, weights_digest
 from tests.kv_models import padded, sequences, some_steps, step_logits, tiny_model
@@ -451,7 +451,7 @@ def test_gradients_are_refused() -> None:
 
 
 def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.__version__", "5.2.0")
+    monkeypatch.setattr(hf_cache.transformers, "__version__", "5.2.0")
     with pytest.raises(BadInput, match="needs transformers 5.16 or later, not 5.2.0"):
         ThinKCache(tiny_model())
 
