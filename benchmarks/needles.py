@@ -4,8 +4,8 @@ Starts from a small pretrained Llama (`--model`: its directory, with its tokeniz
 library's text with needles: sentences "The code of NAME is A B C." scattered over a window of text, and questions
 "The code of NAME is" after it, each answered from the window. Names and codes are drawn anew from a word list for every
 window, so that an answer can only come from the cache. Training ends when the model answers `--target` of the
-questions of held-out windows right (all three words, greedy), or when `--minutes` are over. The result is a Hugging
-Face directory for benchmarks/think_quality.py.
+questions of held-out windows right (all three words, greedy), or when `--minutes` of CPU time are over. The result is
+a Hugging Face directory for benchmarks/think_quality.py.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ _TEXT_BYTES = 2_000_000
 _HELD_OUT = 50_000
 _ANSWER_WEIGHT = 8.0
 """How much a token of an answer counts beside a token of text; answers are one token in twenty."""
-_COPYING_STEPS = 300
-"""Steps on repeated words before the first needle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +112,9 @@ def accuracy(model: Any, needles: Needles, *, length: int, windows: int, needle_
 def train(model: Any, needles: Needles, test: Needles, args: argparse.Namespace) -> float:
     """Train in place; the last held-out accuracy."""
     optimizer = memopt.build_optimizer(model, args.optimizer, lr=args.lr, weight_decay=0.05)
-    begun, got, step = time.monotonic(), 0.0, 0
-    for step, (ids, weights) in enumerate(_batches(needles, args.batch)):
-        past = (time.monotonic() - begun) / (60 * args.minutes)
+    begun, got, step = time.process_time(), 0.0, 0
+    for step, (ids, weights) in enumerate(_batches(needles, args.batch, args.copying)):
+        past = (time.process_time() - begun) / (60 * args.minutes)
         if past >= 1.0:
             break
         for group in optimizer.param_groups:
@@ -131,9 +129,9 @@ def train(model: Any, needles: Needles, test: Needles, args: argparse.Namespace)
         if step % 26 == 25:
             of_answers = losses[weights[:, 1:].flatten() > 1].mean().item()
             of_text = losses[weights[:, 1:].flatten() == 1].mean().item()
-            spent, length = time.monotonic() - begun, ids.shape[1]
+            spent, length = time.process_time() - begun, ids.shape[1]
             say(f"step {step + 1}, {spent:.0f} s, windows of {length}: loss {of_answers:.3f} asked, {of_text:.3f} else")
-        if step % 100 == 99 and step > _COPYING_STEPS:
+        if step % 100 == 99 and step > args.copying:
             got = accuracy(model, test, length=args.length, windows=32)
             say(f"step {step + 1}: {got:.0%} of held-out needles at {args.length} tokens")
             model.save_pretrained(args.out)
@@ -142,12 +140,12 @@ def train(model: Any, needles: Needles, test: Needles, args: argparse.Namespace)
     return accuracy(model, test, length=args.length, windows=100)
 
 
-def _batches(needles: Needles, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(needles: Needles, tokens: int, copying_steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     # first lists of random words that repeat: what is learned there (look for the same word, copy what followed) is
     # what finding a needle needs, and is supervised at nearly every token; then needles, from near to far
     step = 0
     while True:
-        copying = step < _COPYING_STEPS or step % 4 == 0
+        copying = step < copying_steps or step % 4 == 0
         length = 64 if copying else (128, 256, 512)[step % 3]
         rows = tokens // length
         if copying:
@@ -167,7 +165,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of a small pretrained Llama")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--minutes", type=float, default=25.0, help="CPU time; a busy machine takes longer")
+    parser.add_argument("--copying", type=int, default=300, help="steps on repeated words before the first needle")
     parser.add_argument("--target", type=float, default=0.95)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a step")
