@@ -11,6 +11,7 @@ a Hugging Face directory for benchmarks/think_quality.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import sys
 import sysconfig
@@ -56,12 +57,13 @@ class Needles:
             if len(ids) == 1
         ]
         self._before, self._between, self._after = encode("\nThe code of"), encode(" is"), encode(".\n")
+        self.question_tokens = len(self._before) + 1 + len(self._between)
 
     def window(self, length: int, needles: int, questions: int) -> Window:
         """A window of `length` tokens: text with `needles` facts, then `questions` about them."""
         words = self._random.sample(self._words, needles * (ANSWER + 1))
         facts = [(words[i], words[i + 1 : i + 1 + ANSWER]) for i in range(0, len(words), ANSWER + 1)]
-        sentence = len(self._before) + 1 + len(self._between) + ANSWER + len(self._after)
+        sentence = self.question_tokens + ANSWER + len(self._after)
         room = length - (needles + questions) * sentence
         assert room > 0, f"{length} tokens do not hold {needles} needles and {questions} questions"
         start = self._random.randrange(len(self._text) - room)
@@ -73,7 +75,7 @@ class Needles:
             ids += text[begin:end]
         asked = []
         for name, answer in self._random.sample(facts, questions):
-            asked.append(len(ids) + len(self._before) + 1 + len(self._between))
+            asked.append(len(ids) + self.question_tokens)
             ids += self._sentence(name, answer)
         return Window(ids=ids, asked=asked)
 
@@ -87,6 +89,7 @@ class Needles:
         return [*self._before, name, *self._between, *answer, *self._after]
 
 
+@functools.cache
 def library_text(tokenizer: Any, nbytes: int = _TEXT_BYTES) -> list[int]:
     """Token ids of the standard library's sources, the same files on every machine with the same Python."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
