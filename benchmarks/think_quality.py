@@ -1,14 +1,15 @@
 """What pruned keys cost: perplexity and needles found, against the share of channels kept, beside two controls.
 
-Choices of channels, all through ThinKCache with the same count per KV head and the same 32 whole newest tokens:
-`query-driven` (ThinK's, each prompt its own), `static` (the same scores averaged over library text that is not
-evaluated on), and the controls `random` (a new set per layer, head and seed) and `magnitude` (largest mean square of
-the keys, the queries not asked).
+Choices of channels, all through ThinKCache with the same count per KV head: `query-driven` (ThinK's, each prompt its
+own), `static` (the same scores averaged over library text that is not evaluated on), and the controls `random` (a new
+set per layer, head and seed) and `magnitude` (largest mean square of the keys, the queries not asked).
 
-Perplexity: a window's first 384 tokens are the prompt; the 128 after it are scored in one step on the pruned cache.
-Needles (benchmarks/needles.py trains such a model): facts in 448 tokens of text; the question comes after the pruning,
-so that the choice could not know it, and the answer (three words, greedy) must come out of the pruned cache. The
-windows of a seed are the same for all, so differences are paired; spreads are over seeds.
+Perplexity: 128 tokens of prompt, then 64 that are scored, in steps of 32, with recent=0 and fold="prune": every key is
+pruned, also the newest, so that nothing hides the choice. (The small models here hardly use what is farther away than
+the default 32 whole tokens; the first line says what a prompt is worth to them at all.)
+Needles (benchmarks/needles.py trains such a model): facts in 448 tokens of text, default settings; the question comes
+after the pruning, so that the choice could not know it, and the answer (three words, greedy) must come out of the
+pruned cache. The windows of a seed are the same for all, so differences are paired; spreads are over seeds.
 
 Channels are rounded up to a multiple of 8: at head dimension 64, 0.4 would keep the same 32 as 0.5, so 0.375 and 0.25
 stand in for it. Exits 1 unless the query-driven choice beats both controls at 0.5 and below, in every measure.
@@ -37,7 +38,7 @@ from benchmarks.needles import ANSWER, Needles, library_text
 COLUMNS = ("model", "measure", "choice", "keep", "channels of 64", "mean", "spread over seeds", "against all channels")
 KEEPS = (0.8, 0.6, 0.5, 0.375, 0.25)
 CHOICES = ("query-driven", "static", "random", "magnitude")
-_PROMPT, _SCORED, _BATCH = 384, 128, 8
+_PROMPT, _SCORED, _STEP, _BATCH = 128, 64, 32, 8
 _NEEDLE_TOKENS, _NEEDLES = 448, 6
 _CALIBRATION = 24
 _HELD_OUT = 50_000
@@ -78,6 +79,9 @@ def main() -> int:
 
 def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namespace) -> bool:
     results: dict[tuple[str, float], list[float]] = {}
+    if measure == "perplexity":
+        alone = [_value(subject, measure, "no prompt", 1.0, seed, args.windows) for seed in range(args.seeds)]
+        table.note(f"{subject.name}: perplexity of the scored tokens without their prompt {statistics.mean(alone):.3f}")
     for keep in (1.0, *KEEPS):
         for choice in CHOICES if keep < 1.0 else ("all channels",):
             values = [_value(subject, measure, choice, keep, seed, args.windows) for seed in range(args.seeds)]
@@ -115,9 +119,13 @@ def _value(subject: Subject, measure: str, choice: str, keep: float, seed: int, 
     for _ in range(windows // _BATCH):
         ids, scored = (_text if measure == "perplexity" else _facts)(subject, generator)
         prompt = ids.shape[1] - scored if measure == "perplexity" else scored
-        with _cache(subject, choice, keep, seed) as cache, torch.inference_mode():
+        if choice == "no prompt":
+            ids, prompt = ids[:, prompt - 1 :], 1
+        strict = {"recent": 0, "fold": "prune"} if measure == "perplexity" else {}
+        with _cache(subject, choice, keep, seed, strict) as cache, torch.inference_mode():
             subject.model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
-            logits = subject.model(ids[:, prompt:], past_key_values=cache).logits[:, :-1].float()
+            steps = ids[:, prompt:].split(_STEP, 1)
+            logits = torch.cat([subject.model(step, past_key_values=cache).logits for step in steps], 1)[:, :-1].float()
         target = ids[:, prompt + 1 :]
         if measure == "perplexity":
             sums += torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
@@ -146,14 +154,14 @@ def _facts(subject: Subject, generator: torch.Generator) -> tuple[Tensor, int]:
 
 
 @contextlib.contextmanager
-def _cache(subject: Subject, choice: str, keep: float, seed: int) -> Iterator[Any]:
+def _cache(subject: Subject, choice: str, keep: float, seed: int, options: dict[str, Any]) -> Iterator[Any]:
     import memopt
     from memopt.kv import state
     from memopt.kv.channel_file import ChannelSets, save_channels
     from memopt.kv.channels import choose, energy, kept_count
 
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {"key_keep": keep}
+        options = {"key_keep": keep, **options}
         if choice in ("static", "random"):
             count = kept_count(subject.identity.head_dim, keep)
             generator = torch.Generator().manual_seed(1000 + seed)
@@ -183,7 +191,9 @@ def _subject(path: Path, text: Path, needles: bool) -> Subject:
     generator = torch.Generator().manual_seed(7)
     starts = torch.randint(len(ids) - 512, (_CALIBRATION,), generator=generator).tolist()
     identity, scores, _ = score_channels(model, [torch.tensor(ids[start : start + 512]) for start in starts])
-    held_out: list[int] = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+    held_out = library_text(tokenizer)[-_HELD_OUT:]
+    if not needles:
+        held_out = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
     name = path.resolve().name
     return Subject(
         name=name, model=model, tokenizer=tokenizer, scores=scores, identity=identity, text=held_out, needles=needles
@@ -194,7 +204,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="directory of a small pretrained Llama, for perplexity")
     parser.add_argument("--needle-model", type=Path, help="directory that benchmarks.needles wrote")
-    parser.add_argument("--text", type=Path, required=True, help="text that no model was trained on")
+    parser.add_argument(
+        "--text", type=Path, default=Path("validation.txt"), help="text that --model was not trained on"
+    )
     parser.add_argument("--windows", type=int, default=16, help="of each seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
