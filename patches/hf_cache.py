@@ -7,6 +7,7 @@ memopt.kv.state.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -287,8 +288,7 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
                 raise BadInput(f"{channels} has no channels for layer {index}, which is to be pruned; calibrate again")
             layers[index] = ThinLayer(self.settings, kept=kept, prompt_tokens=prompt_tokens)
         super().__init__(layers=layers)
-        self._undo = hf_attention.attach(model)
-        self._finalizer = weakref.finalize(self, self._undo)
+        self._attach(model)
 
     def prune(self) -> None:
         """Take the prompt as complete and prune now; for chunked prefill with a `prompt_tokens` not reached."""
@@ -315,6 +315,21 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThinKCache:
+        """A cache of its own with the same content: one prefilled prefix, many continuations."""
+        model = self._model()
+        if model is None or not self._finalizer.alive:
+            raise BadInput("a closed ThinKCache cannot be copied")
+        made = type(self).__new__(type(self))
+        kept = {name: value for name, value in vars(self).items() if name not in ("_model", "_finalizer", "layers")}
+        made.__dict__.update(kept, layers=copy.deepcopy(self.layers, memo))
+        made._attach(model)
+        return made
+
+    def _attach(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self._finalizer = weakref.finalize(self, hf_attention.attach(model))
 
     def _thin(self) -> list[ThinLayer]:
         return [layer for layer in self.layers if isinstance(layer, ThinLayer)]
