@@ -9,7 +9,7 @@ pruned, also the newest, so that nothing hides the choice. (The small models her
 the default 32 whole tokens; the first line says what a prompt is worth to them at all.)
 Needles (benchmarks/needles.py trains such a model): facts in 448 tokens of text, default settings; the question comes
 after the pruning, so that the choice could not know it, and the answer (three words, greedy) must come out of the
-pruned cache. The windows of a seed are the same for all, so differences are paired; spreads are over seeds.
+pruned cache. The windows of a seed are the same for all, so differences are paired; their spread is over seeds.
 
 Channels are rounded up to a multiple of 8: at head dimension 64, 0.4 would keep the same 32 as 0.5, so 0.375 and 0.25
 stand in for it. Exits 1 unless the query-driven choice beats both controls at 0.5 and below, in every measure.
@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks.harness import Table, machine_facts, number, say
 from benchmarks.needles import ANSWER, Needles, library_text
 
-COLUMNS = ("model", "measure", "choice", "keep", "channels of 64", "mean", "spread over seeds", "against all channels")
+COLUMNS = ("model", "measure", "choice", "keep", "channels of 64", "mean", "against all channels", "its spread")
 KEEPS = (0.8, 0.6, 0.5, 0.375, 0.25)
 CHOICES = ("query-driven", "static", "random", "magnitude")
 _PROMPT, _SCORED, _STEP, _BATCH = 128, 64, 32, 8
@@ -94,12 +94,12 @@ def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namesp
                 "keep": keep,
                 "values": values,
                 "mean": statistics.mean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
                 "against": statistics.mean(against),
+                "spread": statistics.stdev(against) if len(against) > 1 else 0.0,
             }
             count = 64 if keep == 1.0 else min(64, -(-math.ceil(keep * 64 - 1e-9) // 8) * 8)
             cells = (subject.name, measure, choice, f"{keep:g}", str(count), number(row["mean"], 3))
-            table.add(row, (*cells, number(row["spread"], 3), number(row["against"], 3)))
+            table.add(row, (*cells, number(row["against"], 3), number(row["spread"], 3)))
     better = -1.0 if measure == "perplexity" else 1.0
     beaten = all(
         better * (statistics.mean(results["query-driven", keep]) - statistics.mean(results[control, keep])) > 0.0
