@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from memopt import ThinKCache
 from memopt.errors import BadInput
@@ -17,7 +20,6 @@ from memopt.launchers.main import run
 from memopt.patches.hf_calibrate import score_channels
 from tests.finetune_helpers import Tiny
 from tests.kv_models import sequences, tiny_model
-from tests.reference.think import NAME, Plan, zero_filled
 
 
 def test_scores_are_the_mean_over_windows() -> None:
@@ -26,34 +28,28 @@ def test_scores_are_the_mean_over_windows() -> None:
     windows = sequences((20, 31))
     _, got, tokens = score_channels(model, windows, observation=5)
     assert tokens == 51 and sorted(got) == [1]
+    assert model.config._attn_implementation == "sdpa"
     caught: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def catch(module: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        caught.append((inputs[0], output))
+    def catch(module: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        if module.layer_idx == 1:
+            caught.append((query, key))
+        return sdpa_attention_forward(module, query, key, *rest, **options)
 
-    layer = model.model.layers[1].self_attn
-    expected = torch.zeros(2, 24, dtype=torch.float64)
-    for window in windows:
-        with zero_filled(model, Plan(pruned={1})) as _, torch.no_grad():
-            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registered
-
-            inner = registered[NAME]
-
-            def spy(module, query, key, value, mask, inner=inner, **options):  # type: ignore[no-untyped-def]
-                if module is layer:
-                    caught.append((query, key))
-                return inner(module, query, key, value, mask, **options)
-
-            registered.register(NAME, spy)
+    AttentionInterface.register("catching", catch)
+    AttentionMaskInterface.register("catching", sdpa_mask)
+    model.set_attn_implementation("catching")
+    with torch.no_grad():
+        for window in windows:
             model(window[None])
-        query, key = caught.pop()
+    expected = torch.zeros(2, 24, dtype=torch.float64)
+    for query, key in caught:
         for head in range(2):
             stacked = query[0, 2 * head : 2 * head + 2, -5:].reshape(-1, 24)
             for j in range(24):
                 norm = torch.outer(stacked[:, j], key[0, head, :, j]).square().sum()
-                expected[head, j] += norm / 5 / len(window) / 2
+                expected[head, j] += norm / 5 / key.shape[2] / 2  # means over queries, tokens and windows
     torch.testing.assert_close(got[1], expected, rtol=1e-5, atol=1e-8)
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_file_serves_its_model(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

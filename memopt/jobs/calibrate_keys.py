@@ -47,8 +47,8 @@ def calibrate_keys(
     """Average ThinK's channel scores over windows of `data`, choose `keep` of every KV head's channels, write `out`.
 
     The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
-    last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window` hears the
-    number of windows done and their tokens in all.
+    last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`
+    hears the number of windows done and their tokens in all.
 
     Raises:
         BadInput: settings, model or data that cannot be used; data without text.
