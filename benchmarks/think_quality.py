@@ -9,7 +9,9 @@ pruned, also the newest, so that nothing hides the choice. (The small models her
 the default 32 whole tokens; the first line says what a prompt is worth to them at all.)
 Needles (benchmarks/needles.py trains such a model): facts in 448 tokens of text, default settings; the question comes
 after the pruning, so that the choice could not know it, and the answer (three words, greedy) must come out of the
-pruned cache. The windows of a seed are the same for all, so differences are paired; their spread is over seeds.
+pruned cache. "Question seen": the prompt ends with the question but for its last token, as in the usual needle test,
+so that the choice knows what is asked. The windows of a seed are the same for all, so differences are paired; their
+spread is over seeds.
 
 Channels are rounded up to a multiple of 8: at head dimension 64, 0.4 would keep the same 32 as 0.5, so 0.375 and 0.25
 stand in for it. Exits 1 unless the query-driven choice beats both controls at 0.5 and below, in every measure.
@@ -37,6 +39,7 @@ from benchmarks.needles import ANSWER, Needles, library_text
 
 COLUMNS = ("model", "measure", "choice", "keep", "channels of 64", "mean", "against all channels", "its spread")
 KEEPS = (0.8, 0.6, 0.5, 0.375, 0.25)
+PERPLEXITY, UNSEEN, SEEN = "perplexity", "needles found", "needles found, question seen"
 CHOICES = ("query-driven", "static", "random", "magnitude")
 _PROMPT, _SCORED, _STEP, _BATCH = 128, 64, 32, 8
 _NEEDLE_TOKENS, _NEEDLES = 448, 6
@@ -71,15 +74,18 @@ def main() -> int:
     good = True
     for path, needles in given:
         subject = _subject(path, args.text, needles)
-        good &= _measure(table, subject, "perplexity", args)
+        good &= _measure(table, subject, PERPLEXITY, args)
         if needles:
-            good &= _measure(table, subject, "needles found", args)
+            good &= _measure(table, subject, UNSEEN, args)
+            good &= _measure(table, subject, SEEN, args)
     return 0 if good else 1
 
 
 def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namespace) -> bool:
+    if args.only not in (None, measure):
+        return True
     results: dict[tuple[str, float], list[float]] = {}
-    if measure == "perplexity":
+    if measure == PERPLEXITY:
         alone = [_value(subject, measure, "no prompt", 1.0, seed, args.windows) for seed in range(args.seeds)]
         table.note(f"{subject.name}: perplexity of the scored tokens without their prompt {statistics.mean(alone):.3f}")
     for keep in (1.0, *KEEPS):
@@ -100,7 +106,7 @@ def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namesp
             count = 64 if keep == 1.0 else min(64, -(-math.ceil(keep * 64 - 1e-9) // 8) * 8)
             cells = (subject.name, measure, choice, f"{keep:g}", str(count), number(row["mean"], 3))
             table.add(row, (*cells, number(row["against"], 3), number(row["spread"], 3)))
-    better = -1.0 if measure == "perplexity" else 1.0
+    better = -1.0 if measure == PERPLEXITY else 1.0
     beaten = all(
         better * (statistics.mean(results["query-driven", keep]) - statistics.mean(results[control, keep])) > 0.0
         for keep in KEEPS
@@ -117,23 +123,25 @@ def _value(subject: Subject, measure: str, choice: str, keep: float, seed: int, 
     generator = torch.Generator().manual_seed(seed)
     sums = 0.0
     for _ in range(windows // _BATCH):
-        ids, scored = (_text if measure == "perplexity" else _facts)(subject, generator)
-        prompt = ids.shape[1] - scored if measure == "perplexity" else scored
+        ids, scored = (_text if measure == PERPLEXITY else _facts)(subject, generator)
+        prompt = ids.shape[1] - scored if measure == PERPLEXITY else scored
+        if measure == SEEN:
+            prompt = ids.shape[1] - ANSWER - 1
         if choice == "no prompt":
             ids, prompt = ids[:, prompt - 1 :], 1
-        strict = {"recent": 0, "fold": "prune"} if measure == "perplexity" else {}
+        strict = {"recent": 0, "fold": "prune"} if measure == PERPLEXITY else {}
         with _cache(subject, choice, keep, seed, strict) as cache, torch.inference_mode():
             subject.model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
             steps = ids[:, prompt:].split(_STEP, 1)
             logits = torch.cat([subject.model(step, past_key_values=cache).logits for step in steps], 1)[:, :-1].float()
         target = ids[:, prompt + 1 :]
-        if measure == "perplexity":
+        if measure == PERPLEXITY:
             sums += torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
         else:
             right = (logits.argmax(-1) == target)[:, -ANSWER:].all(1)
             sums += right.float().mean().item()
     mean = sums / (windows // _BATCH)
-    return math.exp(mean) if measure == "perplexity" else mean
+    return math.exp(mean) if measure == PERPLEXITY else mean
 
 
 def _text(subject: Subject, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -209,6 +217,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, default=16, help="of each seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=(PERPLEXITY, UNSEEN, SEEN), help="this measure alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", action="store_true")
     return parser.parse_args()
