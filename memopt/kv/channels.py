@@ -40,11 +40,13 @@ def energy(x: Tensor, real: Tensor | None = None) -> Tensor:
 
     `real` is bool, (B, N) for all heads or (B, K, N); a row without real tokens gives zeros.
     """
-    squares = x.float().square()
+    # the norm accumulates in float32 as it reads: no squares of the size of x
     if real is None:
-        return squares.mean(-2)
-    weight = (real if real.dim() == 3 else real[:, None])[..., None].to(squares.dtype)
-    return (squares * weight).sum(-2) / weight.sum(-2).clamp(min=1.0)
+        whole: Tensor = torch.linalg.vector_norm(x, dim=-2, dtype=torch.float32).square()
+        return whole / x.shape[-2]
+    weight = (real if real.dim() == 3 else real[:, None])[..., None]
+    total: Tensor = torch.linalg.vector_norm(x * weight, dim=-2, dtype=torch.float32).square()
+    return total / weight.sum(-2).clamp(min=1)
 
 
 def group_energy(query_energy: Tensor, kv_heads: int) -> Tensor:
