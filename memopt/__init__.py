@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memopt.jobs.optimizer import attach_optimizer, build_optimizer
     from memopt.ledger import Ledger
     from memopt.machine import Machine
+    from memopt.patches.hf_cache import ThinKCache
     from memopt.report_types import Report
 
 try:
@@ -29,6 +30,7 @@ _HOME = {
     "Ledger": "memopt.ledger",
     "Machine": "memopt.machine",
     "Report": "memopt.report_types",
+    "ThinKCache": "memopt.patches.hf_cache",
     "attach_optimizer": "memopt.jobs.optimizer",
     "build_optimizer": "memopt.jobs.optimizer",
     "finetune": "memopt.jobs.finetune",
@@ -40,6 +42,7 @@ __all__ = [
     "Ledger",
     "Machine",
     "Report",
+    "ThinKCache",
     "__version__",
     "attach_optimizer",
     "build_optimizer",
