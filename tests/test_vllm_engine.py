@@ -1,0 +1,103 @@
+"""vLLM itself with memopt's plugin: the stock server's tokens at keep 1, the masked reference's below, more blocks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memopt.kv.channel_file import load_channels
+from memopt.patches.vllm_config import ThinKeys
+from tests.vllm_helpers import NEW_TOKENS, Setup, make_setup, write_channels
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed; make test-vllm"),
+    pytest.mark.filterwarnings("ignore"),  # those of transformers as vLLM wants it
+]
+ATOL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return make_setup(tmp_path_factory.mktemp("vllm"))
+
+
+def keys_of(setup: Setup, keep: float, **options: Any) -> ThinKeys:
+    return ThinKeys(key_keep=keep, channels=setup.channels(keep), **options)
+
+
+def stock(setup: Setup) -> dict[str, Any]:
+    return setup.run(passes=2, enable_prefix_caching=True)
+
+
+def farthest(found: dict[str, Any], logprobs: list[list[float]]) -> float:
+    pairs = zip(found["passes"][0]["logprobs"], logprobs, strict=True)
+    return max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "own"])
+def test_all_channels_give_the_stock_tokens_cold_and_from_the_prefix_cache(setup: Setup, kernel: Any) -> None:
+    plain = stock(setup)
+    found = setup.run(ThinKeys(key_keep=1.0, kernel=kernel), passes=2, enable_prefix_caching=True)
+    assert max(plain["passes"][1]["cached"]) >= 256, "the second pass was to hit the prefix cache"
+    for i in range(2):
+        assert found["passes"][i]["cached"] == plain["passes"][i]["cached"]
+        assert found["passes"][i]["tokens"] == plain["passes"][i]["tokens"]
+    assert farthest(found, plain["passes"][0]["logprobs"]) <= (0.0 if kernel == "auto" else ATOL)
+    assert (found["blocks"], found["kv_tokens"]) == (plain["blocks"], plain["kv_tokens"])
+
+
+# 32 of 64 channels go through vLLM's C++ kernel twice; 40 through memopt's own path
+@pytest.mark.parametrize("keep", [0.5, 0.625])
+def test_logprobs_are_the_masked_references_and_there_are_more_blocks(setup: Setup, keep: float) -> None:
+    keys = keys_of(setup, keep)
+    found, plain = setup.run(keys), stock(setup)
+    assert keys.channels is not None
+    tokens, logprobs = _reference(setup, keys)
+    assert found["passes"][0]["tokens"] == tokens
+    assert farthest(found, logprobs) <= ATOL
+    assert farthest(plain, logprobs) > 1e-2, "pruning was to be seen in the numbers"
+    wanted = 2 / (1 + keep)
+    assert found["blocks"] / plain["blocks"] == pytest.approx(wanted, rel=0.01)
+    assert found["kv_tokens"] / plain["kv_tokens"] == pytest.approx(wanted, rel=0.01)
+
+
+def test_recent_window_and_prompts_in_chunks_are_exact(setup: Setup) -> None:
+    keys = keys_of(setup, 0.5, recent=16, exact_prefill=True)
+    found, plain = setup.run(keys, max_num_batched_tokens=128), stock(setup)
+    tokens, logprobs = _reference(setup, keys)
+    assert found["passes"][0]["tokens"] == tokens
+    assert farthest(found, logprobs) <= ATOL
+    # chunks without the exact mode, and no window, are both far from that
+    assert farthest(found, _reference(setup, keys, chunk=128)[1]) > 1e-4
+    assert farthest(found, _reference(setup, keys_of(setup, 0.5))[1]) > 1e-4
+    assert found["blocks"] / plain["blocks"] == pytest.approx(2 / 1.5, rel=0.01)
+
+
+def test_a_server_short_of_blocks_frees_requests_and_ends(setup: Setup) -> None:
+    """8 blocks (1 is nobody's) for seven requests of up to 457 tokens: they wait, or are computed again."""
+    keys = keys_of(setup, 0.625, recent=16, exact_prefill=True)
+    found = setup.run(keys, num_gpu_blocks_override=9, max_model_len=512, max_num_batched_tokens=128)
+    assert [len(each) for each in found["passes"][0]["tokens"]] == [NEW_TOKENS] * len(setup.prompts())
+    assert found["blocks"] == 9
+
+
+def test_channels_of_another_model_stop_the_engine(setup: Setup, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    path = tmp_path / "other.safetensors"
+    write_channels(path, 0.5, replace(load_channels(setup.channels(0.5)).model, vocab_size=999))
+    said = setup.fail(ThinKeys(key_keep=0.5, channels=path))
+    assert "belongs to another model (vocab_size 999 != 300)" in said
+
+
+def _reference(setup: Setup, keys: ThinKeys, *, chunk: int = 10**6) -> tuple[list[list[int]], list[list[float]]]:
+    from tests.reference.thin_server import greedy
+
+    assert keys.channels is not None
+    sets = load_channels(keys.channels)
+    return greedy(setup.model, setup.prompts(), NEW_TOKENS, sets, recent=keys.recent, chunk=chunk)
