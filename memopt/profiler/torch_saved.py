@@ -1,0 +1,121 @@
+"""Bytes that autograd holds for a backward pass, counted as they come and go."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Container
+from typing import Any
+
+import torch
+
+from memopt.profiler.torch_tensors import dense_parts, tier_of
+from memopt.tiers import Tier
+
+_CHANGED_IN_PLACE = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of shape "
+    "{shape} is at version {now}, expected version {then} instead (torch.autograd.set_detect_anomaly(True) tells where)"
+)
+_Key = tuple[int, Tier]
+
+
+class _Saved:
+    """What autograd keeps in place of a tensor; its end is the end of the saving."""
+
+    __slots__ = ("_gone", "_keys", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor, keys: list[_Key], gone: deque[_Key]) -> None:
+        # a detached alias shares the version counter; the tensor itself would make a circle through its grad_fn
+        self._tensor = tensor.detach()
+        self._version = self._tensor._version
+        self._keys = keys
+        self._gone = gone
+
+    def unpack(self) -> torch.Tensor:
+        # with hooks installed autograd leaves this check to the hooks
+        now = self._tensor._version
+        if now != self._version:
+            shape = tuple(self._tensor.shape)
+            raise RuntimeError(_CHANGED_IN_PLACE.format(shape=shape, now=now, then=self._version))
+        return self._tensor
+
+    def __del__(self) -> None:
+        self._gone.extend(self._keys)
+
+
+class SavedTensors:
+    """Counts storages that autograd saves while installed, each once however often it is saved.
+
+    `skip`: keys of storages that are something else (weights, buffers). What is saved under other hooks (during the
+    recomputation of `torch.utils.checkpoint`, say) is not seen. With hooks in place `torch.func.grad` refuses to work;
+    that is torch's rule, and the reason why this can be left out.
+    """
+
+    def __init__(self, skip: Container[int] = ()) -> None:
+        self.skip = skip
+        self._lock = threading.Lock()
+        self._gone: deque[_Key] = deque()
+        self._holders: dict[int, tuple[int, int]] = {}
+        self._bytes = dict.fromkeys((Tier.GPU, Tier.DRAM), 0)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._installed = False
+        self._counting = False
+
+    def install(self) -> None:
+        """Count what this thread saves from now on. Saving in a thread that was started before is not counted."""
+        if not self._installed:
+            self._hooks.__enter__()
+            self._installed = self._counting = True
+
+    def remove(self) -> bool:
+        """Stop counting. False when other hooks lie on top of these, which then stay, idle."""
+        self._counting = False
+        if not self._installed:
+            return True
+        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if top is None or top[0] != self._hooks.pack_hook:
+            return False
+        self._hooks.__exit__()
+        self._installed = False
+        return True
+
+    def nbytes(self, tier: Tier) -> int:
+        """Bytes held now. Safe from any thread."""
+        with self._lock:
+            self._settle()
+            return self._bytes.get(tier, 0)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        return _Saved(tensor, self._count(tensor) if self._counting else [], self._gone)
+
+    @staticmethod
+    def _unpack(saved: Any) -> torch.Tensor:
+        tensor: torch.Tensor = saved.unpack()
+        return tensor
+
+    def _count(self, tensor: torch.Tensor) -> list[_Key]:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return []
+        keys: list[_Key] = []
+        with self._lock:
+            self._settle()  # before counting: a freed storage's key may be in use again
+            for part in dense_parts(tensor):
+                storage = part.untyped_storage()
+                tier, key = tier_of(storage.device), int(storage._cdata)
+                if tier is None or key in self.skip:
+                    continue
+                keys.append((key, tier))
+                holders, nbytes = self._holders.get(key) or (0, int(storage.nbytes()))
+                self._holders[key] = (holders + 1, nbytes)
+                if holders == 0:
+                    self._bytes[tier] += nbytes
+        return keys
+
+    def _settle(self) -> None:
+        while self._gone:
+            key, tier = self._gone.popleft()
+            holders, nbytes = self._holders.pop(key)
+            if holders > 1:
+                self._holders[key] = (holders - 1, nbytes)
+            else:
+                self._bytes[tier] -= nbytes
