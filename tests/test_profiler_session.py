@@ -155,7 +155,7 @@ def test_many_phases_stay_few() -> None:
 series = st.lists(st.integers(0, 1000), min_size=1, max_size=500)
 
 
-@given(series, st.integers(4, 33))
+@given(series, st.integers(6, 33))
 def test_thinning_keeps_peaks_valleys_and_order(values: list[int], max_points: int) -> None:
     thinner = Thinner(max_points)
     given_points = [Point(float(index), value) for index, value in enumerate(values)]

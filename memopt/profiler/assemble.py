@@ -10,9 +10,9 @@ from memopt import __version__
 from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.plan_types import Prediction
-from memopt.profiler.session import Measured
+from memopt.profiler.measured import Measured, by_category
 from memopt.report_types import DramUse, GpuUse, IoUse, Report, SsdUse, Tiers, Verdict
-from memopt.tiers import Category, Tier
+from memopt.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story,
         dram=DramUse(
             upper_bound_bytes=measured.dram_upper_bound_bytes,
             file_bytes=measured.file_peak_bytes,
-            **_common(Tier.DRAM, measured.dram_peak_bytes, ledger, story.predicted),
+            **_common(Tier.DRAM, measured.dram_peak_bytes, measured, ledger, story.predicted),
         ),
         ssd=_ssd(measured, ledger, machine, story, io),
     )
@@ -67,13 +67,15 @@ def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story,
     )
 
 
-def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> dict[str, Any]:
+def _common(
+    tier: Tier, peak: int | None, measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]
+) -> dict[str, Any]:
     budget = ledger.budget.bytes_of(tier)
-    at_peak = {str(category): nbytes for category, nbytes in ledger.at_peak(tier).items()}
     charged = ledger.peak_bytes(tier)
-    if peak is not None:
-        # signed: below zero, more was charged than the process ever touched
-        at_peak[Category.OTHER] += peak - charged
+    by = measured.at_peak.get(tier)
+    attributed_by = measured.attributed_by if by is not None else "ledger" if charged else None
+    # without attribution at the measured peak: what was charged at the ledger's own peak
+    by = ledger.at_peak(tier) if by is None else by
     forecast = predicted.get(tier)
     return {
         "budget_bytes": budget,
@@ -81,8 +83,8 @@ def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tie
         "charged_peak_bytes": charged,
         "predicted_bytes": None if forecast is None else forecast.total_bytes,
         "within": None if budget is None or peak is None else peak <= budget,
-        "at_peak": at_peak,
-        "attributed_by": "ledger" if charged else None,
+        "at_peak": by_category(by, sum(by.values()) if peak is None else peak),
+        "attributed_by": attributed_by,
         "predicted_at_peak": {} if forecast is None else {str(what): n for what, n in forecast.by_category.items()},
     }
 
@@ -97,7 +99,7 @@ def _gpu(measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction
     peak = measured.gpu_peak_bytes
     if not _used(Tier.GPU, peak, ledger, predicted):
         return None
-    return GpuUse(**_common(Tier.GPU, peak, ledger, predicted))
+    return GpuUse(**_common(Tier.GPU, peak, measured, ledger, predicted))
 
 
 def _ssd(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None) -> SsdUse | None:
@@ -111,7 +113,7 @@ def _ssd(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io:
         process_write_bytes=measured.process_write_bytes,
         predicted_write_bytes=story.predicted_write_bytes,
         endurance_bytes=machine.ssd_endurance_bytes,
-        **_common(Tier.SSD, peak, ledger, story.predicted),
+        **_common(Tier.SSD, peak, measured, ledger, story.predicted),
     )
 
 

@@ -3,72 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 from memopt import cgroups
+from memopt.profiler.attribution import Attribution
 from memopt.profiler.gpu_sampler import GpuSampler
+from memopt.profiler.measured import Attributed, AttributedBy, Measured
+from memopt.profiler.peaks import OpenPhase, Peaks, highest, merged
 from memopt.profiler.samplers import resident_bytes
 from memopt.profiler.thinning import Point, Thinner
+from memopt.profiler.ticker import OverWatch, Ticker
 from memopt.profiler.tree_sampler import TreeSampler, tree_io
-from memopt.report_types import Phase, Timeline
+from memopt.report_types import Phase
+from memopt.tiers import Tier
 
 _GPU_EVERY_S = 0.1
 _SSD_EVERY_S = 1.0
 _PHASES_KEPT = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What a session saw. Bytes and seconds; None for a tier that is not there.
-
-    `dram_peak_bytes`: sampled peak of anonymous + shared memory of the process tree. `dram_upper_bound_bytes`: the
-    kernel's high-water marks added up (they include file pages, and what happened before the session).
-    """
-
-    started: str
-    wall_s: float
-    dram_peak_bytes: int
-    dram_start_bytes: int
-    dram_upper_bound_bytes: int
-    file_peak_bytes: int
-    gpu_peak_bytes: int | None
-    ssd_peak_bytes: int | None
-    process_read_bytes: int
-    process_write_bytes: int
-    oom_kills: int
-    samples: int
-    cost_s: float
-    phases: list[Phase] = field(default_factory=list)
-    timeline: Timeline = field(default_factory=Timeline)
-
-
-@dataclass(slots=True)
-class _Peaks:
-    dram: int = 0
-    files: int = 0
-    upper_bound: int = 0
-    gpu: int | None = None
-    ssd: int | None = None
-
-
-@dataclass(slots=True)
-class _OpenPhase:
-    name: str
-    start_s: float
-    dram: int = 0
-    gpu: int | None = None
-
-    def closed(self, end_s: float) -> Phase:
-        return Phase(
-            name=self.name, start_s=self.start_s, end_s=end_s, dram_peak_bytes=self.dram, gpu_peak_bytes=self.gpu
-        )
 
 
 class Session:
@@ -77,7 +34,9 @@ class Session:
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
     once per crossing, in the sampling thread. `interval_s`: between samples of this process; children are read ten
     times, and listed once, a second; so a peak shorter than that can be missed, which is why the kernel's own mark is
-    kept beside the sampled one.
+    kept beside the sampled one. `attribution`: says by tier and category whose the bytes are now; called in the
+    sampling thread and at the ends of phases, along the time line and when a peak grows, so it must be quick and
+    thread-safe; its error ends the session. `attributed_by` names it in the report.
     """
 
     def __init__(
@@ -87,22 +46,27 @@ class Session:
         watch: Iterable[str | Path] = (),
         limit_bytes: int | None = None,
         on_over: Callable[[int, int], None] | None = None,
+        attribution: Callable[[], Attributed] | None = None,
+        attributed_by: AttributedBy = "torch",
     ) -> None:
         if interval_s <= 0:
             raise ValueError(f"interval_s = {interval_s}; must be more than zero")
         self._interval_s = interval_s
         self._watch = [Path(path) for path in watch]
-        self._over = _OverWatch(limit_bytes, on_over)
+        self._over = OverWatch(limit_bytes, on_over)
+        self._attribution = Attribution(attribution)
+        self._attributed_by: AttributedBy | None = None if attribution is None else attributed_by
         self._gpu = GpuSampler()
         self._thinner = Thinner()
-        self._peaks = _Peaks()
+        self._peaks = Peaks()
+        self._files_bytes = self._hwm_bytes = 0
         self._phases: list[Phase] = []
-        self._open: list[_OpenPhase] = []
+        self._open: list[OpenPhase] = []
         self._last = Point(0.0, 0)
         self._samples = 0
         self._cost_s = 0.0
         self._lock = threading.Lock()
-        self._thread = _Ticker(self._tick, interval_s)
+        self._thread = Ticker(self._tick, lambda: self._interval_s)
         self._begun: _Begun | None = None
         self._measured: Measured | None = None
 
@@ -149,7 +113,7 @@ class Session:
 
     def dram_peak_bytes(self) -> int:
         """The highest sample so far."""
-        return self._peaks.dram
+        return self._peaks.of(Tier.DRAM) or 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -158,7 +122,7 @@ class Session:
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
         begun = self._running()
-        opened = _OpenPhase(name, time.monotonic() - begun.at_s)
+        opened = OpenPhase(name, time.monotonic() - begun.at_s, *begun.tree.io())
         with self._lock:
             self._open.append(opened)
         self._tick()
@@ -169,7 +133,7 @@ class Session:
             with self._lock:
                 self._open.remove(opened)
                 end_s = time.monotonic() - begun.at_s
-                _keep(self._phases, opened.closed(end_s))
+                _keep(self._phases, opened.closed(end_s, *begun.tree.io()))
 
     def __enter__(self) -> Session:
         return self.start()
@@ -191,17 +155,17 @@ class Session:
             memory = begun.tree.sample(fresh=fresh)
             t_s = time.monotonic() - begun.at_s
             gpu, ssd = self._slow_tiers(begun, t_s, fresh)
-            self._last = Point(t_s, memory.charged_bytes, gpu, ssd)
+            point = Point(t_s, memory.charged_bytes, gpu, ssd)
+            counted = [self._peaks, *(opened.peaks for opened in self._open)]
+            rising = any(peaks.worth_asking(point) for peaks in counted)
+            attributed = self._attribution.latest(t_s, at_peak=rising, fresh=fresh)
+            self._last = point if attributed is None else replace(point, attributed=attributed)
+            for peaks in counted:
+                peaks.see(self._last, asked=rising)
             self._thinner.add(self._last)
             self._samples += 1
-            peaks = self._peaks
-            peaks.dram = max(peaks.dram, memory.charged_bytes)
-            peaks.files = max(peaks.files, memory.file_bytes)
-            peaks.upper_bound = max(peaks.upper_bound, memory.hwm_bytes)
-            peaks.gpu, peaks.ssd = _highest(peaks.gpu, gpu), _highest(peaks.ssd, ssd)
-            for opened in self._open:
-                opened.dram = max(opened.dram, memory.charged_bytes)
-                opened.gpu = _highest(opened.gpu, gpu)
+            self._files_bytes = max(self._files_bytes, memory.file_bytes)
+            self._hwm_bytes = max(self._hwm_bytes, memory.hwm_bytes)
             self._cost_s += time.thread_time() - cpu
         self._over.see(memory.charged_bytes)
 
@@ -222,12 +186,12 @@ class Session:
         return Measured(
             started=begun.iso,
             wall_s=time.monotonic() - begun.at_s,
-            dram_peak_bytes=peaks.dram,
+            dram_peak_bytes=peaks.of(Tier.DRAM) or 0,
             dram_start_bytes=begun.dram_bytes,
-            dram_upper_bound_bytes=peaks.upper_bound,
-            file_peak_bytes=peaks.files,
-            gpu_peak_bytes=_highest(peaks.gpu, self._gpu.allocator_peak_bytes()),
-            ssd_peak_bytes=peaks.ssd,
+            dram_upper_bound_bytes=self._hwm_bytes,
+            file_peak_bytes=self._files_bytes,
+            gpu_peak_bytes=highest(peaks.of(Tier.GPU), self._gpu.allocator_peak_bytes()),
+            ssd_peak_bytes=peaks.of(Tier.SSD),
             # a child that ended without being waited for takes its count along
             process_read_bytes=max(0, read_bytes - begun.io_bytes[0]),
             process_write_bytes=max(0, write_bytes - begun.io_bytes[1]),
@@ -236,6 +200,8 @@ class Session:
             cost_s=self._cost_s,
             phases=list(self._phases),
             timeline=self._thinner.timeline(),
+            at_peak=peaks.attributed(),
+            attributed_by=self._attributed_by,
         )
 
 
@@ -253,66 +219,10 @@ class _Begun:
         self.ssd_due_s = 0.0
 
 
-class _OverWatch:
-    """Calls back once each time a limit is crossed upwards."""
-
-    def __init__(self, limit_bytes: int | None, on_over: Callable[[int, int], None] | None) -> None:
-        self._limit_bytes = limit_bytes
-        self._on_over = on_over
-        self._is_over = False
-
-    def see(self, now_bytes: int) -> None:
-        if self._limit_bytes is None or self._on_over is None:
-            return
-        was_over, self._is_over = self._is_over, now_bytes > self._limit_bytes
-        if self._is_over and not was_over:
-            self._on_over(now_bytes, self._limit_bytes)
-
-
-class _Ticker:
-    """A daemon thread that calls `tick` again and again; its error is raised by `stop`."""
-
-    def __init__(self, tick: Callable[[], None], interval_s: float) -> None:
-        self._tick = tick
-        self._interval_s = interval_s
-        self._end = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="memopt-profiler", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._end.set()
-        self._thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self) -> None:
-        try:
-            while not self._end.wait(self._interval_s):
-                self._tick()
-        except BaseException as error:  # carried to the caller of stop()
-            self._error = error
-
-
 def _keep(phases: list[Phase], phase: Phase) -> None:
     if len(phases) >= _PHASES_KEPT:
         for index in range(len(phases) - 1, -1, -1):
-            last = phases[index]
-            if last.name == phase.name:
-                phases[index] = dataclasses.replace(
-                    last,
-                    end_s=phase.end_s,
-                    dram_peak_bytes=_highest(last.dram_peak_bytes, phase.dram_peak_bytes),
-                    gpu_peak_bytes=_highest(last.gpu_peak_bytes, phase.gpu_peak_bytes),
-                )
+            if phases[index].name == phase.name:
+                phases[index] = merged(phases[index], phase)
                 return
     phases.append(phase)
-
-
-def _highest(first: int | None, second: int | None) -> int | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return max(first, second)

@@ -48,6 +48,10 @@ class TreeSampler:
             hwm_bytes=own.hwm_bytes + self._children.hwm_bytes,
         )
 
+    def io(self) -> tuple[int, int]:
+        """(read, written) device bytes of the processes known now; those of ended children count with the parent."""
+        return _io_of(self._pids)
+
     def close(self) -> None:
         """Close the kept file; a second call does nothing."""
         if self._status >= 0:
@@ -57,6 +61,10 @@ class TreeSampler:
 
 def tree_io() -> tuple[int, int]:
     """(read, written) device bytes of this process and its living descendants; ended children count with the parent."""
-    pids: list[int | str] = ["self", *children()]
-    found = [io for pid in pids if (io := process_io(pid)) is not None]
+    return _io_of(children())
+
+
+def _io_of(pids: list[int]) -> tuple[int, int]:
+    every: list[int | str] = ["self", *pids]
+    found = [io for pid in every if (io := process_io(pid)) is not None]
     return sum(io.read_bytes for io in found), sum(io.write_bytes for io in found)
