@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
+from memopt.profiler.measured import Attributed
 from memopt.profiler.torch_saved import SavedTensors
-from memopt.profiler.torch_tensors import FileRanges, Held, anonymous_bytes, held, tensors_in, with_quantisation
+from memopt.profiler.torch_tensors import FileRanges, Held, anonymous_bytes, held, tensors_in
 from memopt.tiers import Category, Tier
 from memopt.units import format_bytes
 
@@ -20,8 +21,6 @@ from memopt.units import format_bytes
 _SHARE = 1 / 200
 _COUNTED = (Tier.GPU, Tier.DRAM)
 _MAY_BE_MAPPED = (Category.WEIGHTS, Category.BUFFERS)
-
-Attributed = Mapping[Tier, Mapping[Category, int]]
 
 
 class TorchAttribution:
@@ -150,7 +149,7 @@ class TorchAttribution:
             Category.OPTIMIZER: held((t for o in optimizers for t in _state(o)), seen),
         }
         # parameters that only an optimizer knows; copies of weights that it keeps (master weights) are its state
-        found[Category.WEIGHTS] += held((t for o in optimizers for p in _params(o) for t in with_quantisation(p)), seen)
+        found[Category.WEIGHTS] += held((t for o in optimizers for p in _params(o) for t in tensors_in(p)), seen)
         self._fixed = frozenset(seen)
         found[Category.KV_CACHE] = held((t for cache in _living(self._caches) for t in tensors_in(cache)), seen)
         self._found = found
@@ -163,7 +162,7 @@ class TorchAttribution:
         if not own_thread:
             # reading .grad beside a running backward pass is a race in C++; what that makes, the hooks note
             return
-        params = {id(p): p for module in modules for p in module.parameters()}
+        params: dict[int, torch.Tensor] = {id(p): p for module in modules for p in module.parameters()}
         params.update((id(p), p) for o in optimizers for p in _params(o))
         for number, param in params.items():
             if param.grad is not None:
@@ -255,7 +254,7 @@ def _weights(modules: list[torch.nn.Module]) -> Iterator[torch.Tensor]:
         for part in module.modules():
             for param in list(part._parameters.values()):
                 if param is not None:
-                    yield from with_quantisation(param)
+                    yield from tensors_in(param)
             # bitsandbytes' 8-bit layers move their weights into a state of their own once they are used
             if (state := part.__dict__.get("state")) is not None and type(state).__name__ == "MatmulLtState":
                 yield from tensors_in(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,19 @@ from memopt.tiers import Tier
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # A quantisation state may hold a state that holds a table; nothing that is met in practice nests deeper.
 _DEPTH = 6
-_LEAVES = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device, torch.Size, types.ModuleType)
+_LEAVES: tuple[type, ...] = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    types.ModuleType,
+)
 _LEAVES += (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 # /proc/PID/pagemap, per page: 63 = in memory, 62 = swapped out, 61 = page of a file (Documentation/admin-guide/mm)
 _ANONYMOUS, _OF_A_FILE = np.uint64(3 << 62), np.uint64(1 << 61)
@@ -61,8 +73,8 @@ def held(tensors: Iterable[torch.Tensor], seen: set[int]) -> list[Held]:
 
 def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The plain tensors inside one: a DTensor's local shard, a subclass's inner tensors, values and indices."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
+    if _wraps(tensor):
+        names, _ = cast(Any, tensor).__tensor_flatten__()
         for name in names:
             yield from dense_parts(getattr(tensor, name))
     elif tensor.layout is torch.strided:
@@ -75,28 +87,30 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
 
 
-def with_quantisation(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A weight and the tensors it carries besides (bitsandbytes keeps scales and code tables in attributes)."""
-    yield tensor
-    if type(tensor) not in _PLAIN and not is_traceable_wrapper_subclass(tensor):
-        for value in list(getattr(tensor, "__dict__", {}).values()):
-            yield from tensors_in(value)
+def _wraps(tensor: torch.Tensor) -> bool:
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor reachable from `value` through containers and attributes (a cache, an optimizer's state)."""
+    """Every tensor reachable from `value` through containers and attributes (a cache, an optimizer's state).
+
+    A quantised weight is followed by what it carries in attributes (scales and code tables, in bitsandbytes).
+    """
     seen: set[int] = set()
     todo: list[tuple[Any, int]] = [(value, 0)]
     while todo:
         item, depth = todo.pop()
-        if isinstance(item, torch.Tensor):
-            yield from with_quantisation(item)
-            continue
         if isinstance(item, _LEAVES) or id(item) in seen:
             continue
         seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield item
+            if type(item) in _PLAIN or _wraps(item):
+                continue
         if depth < _DEPTH:
-            todo.extend((inner, depth + 1) for inner in _inside(item))
+            # a weight may know its module, whose other tensors are not its own
+            inside = (inner for inner in _inside(item) if not isinstance(inner, torch.nn.Module))
+            todo.extend((inner, depth + 1) for inner in inside)
 
 
 def _inside(item: Any) -> Iterable[Any]:
@@ -106,6 +120,8 @@ def _inside(item: Any) -> Iterable[Any]:
     if isinstance(item, list | tuple | set | frozenset):
         return list(item)
     inner = list(getattr(item, "__dict__", {}).values())
+    if isinstance(item, torch.Tensor):
+        return inner
     for base in type(item).__mro__:
         slots = base.__dict__.get("__slots__", ())
         inner.extend(getattr(item, name, None) for name in ((slots,) if isinstance(slots, str) else slots))
