@@ -47,6 +47,7 @@ class TorchAttribution:
         self._fixed: frozenset[int] = frozenset()
         self._mapped: dict[int, int] = {}
         self._due_s = 0.0
+        self._sizes: list[int] = []
         self._hooks: dict[int, Any] = {}
         self._passes = 0
         self.saved = SavedTensors() if activations else None
@@ -61,7 +62,8 @@ class TorchAttribution:
             _add(self._optimizers, watched)
         else:
             try:
-                _add(self._caches, watched)
+                if not _add(self._caches, watched):
+                    return  # decoding passes it in again and again
             except TypeError:  # a tuple or a dict cannot be referred to weakly
                 self._caches.append(lambda: watched)
         self.look(force=True)
@@ -126,12 +128,15 @@ class TorchAttribution:
 
     def _look(self, *, force: bool, own_thread: bool) -> None:
         begun = time.monotonic()
-        if not force and begun < self._due_s:
+        # the first step of an optimizer makes its state, which may be the largest part of all
+        sizes = [len(optimizer.state) for optimizer in _living(self._optimizers)]
+        if not force and begun < self._due_s and sizes == self._sizes:
             return
         if not self._lock.acquire(blocking=own_thread):
             return  # somebody is looking
         try:
             modules, optimizers = _living(self._modules), _living(self._optimizers)
+            self._sizes = sizes
             self._find(modules, optimizers)
             self._note_gradients(modules, optimizers, own_thread)
             self._map_files()
@@ -240,9 +245,13 @@ def _gpu_allocated_bytes() -> int | None:
     return sum(int(cuda.memory_allocated(index)) for index in range(cuda.device_count()))
 
 
-def _add(references: list[Any], thing: Any) -> None:
-    if all(reference() is not thing for reference in references):
-        references.append(weakref.ref(thing))
+def _add(references: list[Any], thing: Any) -> bool:
+    """Whether it was not there yet. Forgets those that are gone."""
+    references[:] = [reference for reference in references if reference() is not None]
+    if any(reference() is thing for reference in references):
+        return False
+    references.append(weakref.ref(thing))
+    return True
 
 
 def _living(references: Iterable[Callable[[], Any]]) -> list[Any]:
