@@ -32,7 +32,7 @@ class OverWarning(UserWarning):
 class Contract:
     """Holds a budget against what is measured. `see` may be called from any thread; `settle` by the program's own."""
 
-    def __init__(self, budget: Budget, on_over: OnOver) -> None:
+    def __init__(self, budget: Budget, on_over: OnOver | Callable[[OverBudget], None]) -> None:
         self._budget = budget
         self._on_over = on_over
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Contract:
         with self._lock:
             first = tier not in self.told
             self.told.setdefault(tier, text)
-            if self._on_over == "raise":
+            if self._on_over == "raise" or callable(self._on_over):
                 self._pending.append(_error(text, tier, now_bytes, budget, categories))
             elif self._on_over == "stop":
                 self._pending.append(Stop(text))
@@ -71,13 +71,17 @@ class Contract:
             self._warn(text)
 
     def settle(self) -> None:
-        """Raise what is due: OverBudget, or Stop."""
+        """Raise what is due, OverBudget or Stop, or give it to the function that was asked for."""
         with self._lock:
             unheard, self._unheard = self._unheard, []
             pending = self._pending.pop(0) if self._pending else None
         for text in unheard:
             warnings.warn(text, OverWarning, stacklevel=4)
-        if pending is not None:
+        if pending is None:
+            return
+        if callable(self._on_over) and isinstance(pending, OverBudget):
+            self._on_over(pending)
+        else:
             raise pending
 
     def _warn(self, text: str) -> None:

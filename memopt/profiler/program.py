@@ -6,14 +6,14 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from memopt.budget import Budget
-from memopt.errors import BadInput
+from memopt.errors import BadInput, OverBudget
 from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.profiler.assemble import Story, assemble
@@ -53,8 +53,9 @@ class Profiler:
 
     `budget`: a Budget, or text like `dram=8GiB,gpu=20GiB`. When it is passed: `on_over="warn"` warns once per tier;
     `"raise"` raises OverBudget in the program's own thread, at the next beginning or end of a phase, `step()`, or at
-    the end of the block; `"stop"` leaves the block there without an error (`stopped` says so). `enforce=True` besides
-    makes torch refuse to allocate more than the gpu budget on the current CUDA device (BadInput where there is none).
+    the end of the block; `"stop"` leaves the block there without an error (`stopped` says so); a function is called
+    there with the OverBudget. `enforce=True` besides makes torch refuse to allocate more than the gpu budget on the
+    current CUDA device (BadInput where there is none).
     `watch_dirs`: directories whose size is the SSD tier. `report`: where the report is written, also after an error.
     `interval_s`: between samples. `activations=False` sets no saved-tensor hooks (needed for `torch.func.grad`).
     `auto_phases=False` leaves phases to `phase()`.
@@ -65,15 +66,15 @@ class Profiler:
         *,
         budget: Budget | str | None = None,
         watch_dirs: Iterable[str | Path] = (),
-        on_over: OnOver = "warn",
+        on_over: OnOver | Callable[[OverBudget], None] = "warn",
         report: str | Path | None = None,
         interval_s: float = 0.02,
         enforce: bool = False,
         activations: bool = True,
         auto_phases: bool = True,
     ) -> None:
-        if on_over not in get_args(OnOver):
-            raise BadInput(f"on_over {on_over!r} is not one of {', '.join(get_args(OnOver))}")
+        if not callable(on_over) and on_over not in get_args(OnOver):
+            raise BadInput(f"on_over {on_over!r} is not one of {', '.join(get_args(OnOver))}, or a function")
         if report is not None and not Path(report).resolve().parent.is_dir():
             raise BadInput(f"report {str(report)!r}: there is no directory {Path(report).parent}; make it first")
         self.budget = _budget(budget)
@@ -99,6 +100,7 @@ class Profiler:
         self._phases = _OpenPhases(self._session)
         self._thread: int | None = None
         self._steps = 0
+        self._notes: list[str] = []
         self._report: Report | None = None
         self.stopped = False
 
@@ -125,8 +127,9 @@ class Profiler:
                 begin=self._auto_begin if self._auto else None,
                 end=self._auto_end,
             )
-        for thing in watched if self._torch is not None else ():
-            self._torch.watch(thing)
+        if self._torch is not None:
+            for thing in watched:
+                self._torch.watch(thing)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -148,6 +151,10 @@ class Profiler:
             self._torch.attribution.look()
         self._boundary()
         return self._steps
+
+    def note(self, text: str) -> None:
+        """A sentence for the report."""
+        self._notes.append(text)
 
     def sample(self) -> Now:
         """Measure now."""
@@ -171,6 +178,10 @@ class Profiler:
             ssd_bytes=sizes[Tier.SSD],
             categories={tier: by for tier, by in found.items() if by},
         )
+
+    def peak_bytes(self, tier: Tier) -> int | None:
+        """The highest sample of a tier so far; None when it is not there."""
+        return self._session.peak_bytes(tier)
 
     @property
     def steps(self) -> int:
@@ -229,7 +240,7 @@ class Profiler:
         for tier, peak in peaks.items():
             if tier not in self._contract.told:  # a peak between two boundaries
                 self._contract.see(tier, peak, functools.partial(measured.at_peak.get, tier))
-        notes = [*self._contract.told.values(), *(torch_watch.notes() if torch_watch is not None else ())]
+        notes = [*self._notes, *self._contract.told.values(), *(torch_watch.notes() if torch_watch is not None else ())]
         if self.budget.gpu_bytes is not None and measured.gpu_peak_bytes is None:
             notes.append("a gpu budget was given, but this process used no CUDA device")
         if error is not None and not self.stopped:
