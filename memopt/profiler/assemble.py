@@ -13,7 +13,7 @@ from memopt.plan_types import Prediction
 from memopt.profiler.measured import Measured, by_category
 from memopt.report_types import ChildUse, DramUse, GpuUse, IoUse, Overhead, Report, SsdUse, Tiers, Verdict
 from memopt.tiers import Tier
-from memopt.units import GiB, format_bytes, format_s
+from memopt.units import GiB, MiB, format_bytes, format_s
 
 _DAY_S = 24 * 60 * 60
 _WORTH_TELLING_BYTES = GiB  # less than this says nothing of a day
@@ -137,8 +137,8 @@ def _gpu(measured: Measured, ledger: Ledger, machine: Machine, predicted: Mappin
 
 def _ssd(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None) -> SsdUse | None:
     peak = measured.ssd_peak_bytes
-    watched = measured.watching and measured.process_read_bytes + measured.process_write_bytes > 0
-    if not (watched or io or story.write_budget_bytes or _used(Tier.SSD, peak, ledger, story.predicted)):
+    moved = measured.process_read_bytes + measured.process_write_bytes >= MiB
+    if not (moved or io or story.write_budget_bytes or _used(Tier.SSD, peak, ledger, story.predicted)):
         return None
     return SsdUse(
         write_budget_bytes=story.write_budget_bytes,

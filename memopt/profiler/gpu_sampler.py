@@ -188,6 +188,15 @@ class GpuSampler:
         )
 
 
+def driver_devices() -> list[tuple[str, int | None]]:
+    """(name, bytes) of every GPU the driver knows; bytes None where it has no memory of its own. Empty without NVML."""
+    driver = _Driver()
+    try:
+        return driver.totals()
+    finally:
+        driver.close()
+
+
 class _Driver:
     """NVML, where it is there; every failure of it reads as "not known"."""
 
@@ -203,18 +212,29 @@ class _Driver:
         """Every device whose use the driver knows."""
         found = []
         for index, handle in enumerate(self._open()):
-            used = self._used(handle)
-            if used is not None:
-                before = self._before[index] if index < len(self._before) else None
+            used, process = self._used(handle), self._processes(handle, pids)
+            before = self._before[index] if index < len(self._before) else None
+            if used is not None or process:  # one that shares the host's memory only knows of processes
+                grown = 0 if before is None or used is None else max(0, used - before)
                 found.append(
                     DeviceMemory(
                         index=index,
                         name=self._names[index],
-                        used_bytes=used,
-                        process_bytes=self._processes(handle, pids),
-                        grown_bytes=0 if before is None else max(0, used - before),
+                        used_bytes=(process or 0) if used is None else used,
+                        process_bytes=process,
+                        grown_bytes=grown,
                     )
                 )
+        return found
+
+    def totals(self) -> list[tuple[str, int | None]]:
+        """(name, bytes) of every device."""
+        found: list[tuple[str, int | None]] = []
+        for handle, name in zip(self._open(), self._names, strict=True):
+            total = None
+            with contextlib.suppress(Exception):
+                total = int(self._nvml.nvmlDeviceGetMemoryInfo(handle).total)
+            found.append((name, total))
         return found
 
     def index_of(self, uuid: object) -> int | None:

@@ -11,6 +11,7 @@ from memopt.profiler.pace import Pace
 from memopt.profiler.samplers import ProcessMemory, descendants, parse_status, process_io, proportional_memory
 
 _LIST_EVERY_S = 0.1
+_YOUNG_S = 0.5  # a short job has begotten and lost its children before the usual time to list them
 _OTHERS_EVERY_S = 0.1
 _PROPORTIONAL_EVERY_S = 1.0
 # A change of the tree makes the old shares wrong, so asking may then cost one part in 20 of the time instead of 400.
@@ -101,13 +102,16 @@ class _Process:
 class TreeSampler:
     """The tree of `root_pid` (default: this process). What was once seen in it stays, whoever adopts it later.
 
-    `adopted`: the tree is every descendant of this process, itself excepted: for a program that made itself the
-    subreaper of the command it runs (prctl(2)), so that nothing the command leaves behind gets lost.
+    `adopted`: the tree is every process that becomes a descendant of this one from now on, itself excepted: for a
+    program that made itself the subreaper of the command it will run (prctl(2)), so that nothing the command leaves
+    behind gets lost.
     """
 
     def __init__(self, root_pid: int | None = None, *, adopted: bool = False) -> None:
         self._root = os.getpid() if root_pid is None or adopted else root_pid
         self._counts_root = not adopted
+        self._strangers = set(descendants(self._root)) if adopted else set()
+        self._begun_s = time.monotonic()
         self._tree: dict[int, _Process] = {}
         self._proportional: int | None = None
         self._list = Pace(_LIST_EVERY_S)
@@ -125,7 +129,7 @@ class TreeSampler:
     def sample(self, *, fresh: bool = False) -> TreeMemory:
         """Now. `fresh` lists and reads every process, however recently that was done."""
         now = time.monotonic()
-        if fresh or self._list.due(now):
+        if fresh or self._list.due(now) or now - self._begun_s < _YOUNG_S:
             with self._list.spending(now):
                 self._list_tree()
         self._read(now, fresh)
@@ -158,7 +162,7 @@ class TreeSampler:
 
     def _list_tree(self) -> None:
         for pid in [*([self._root] if self._counts_root else []), *descendants(self._root)]:
-            if pid not in self._tree:
+            if pid not in self._tree and pid not in self._strangers:
                 with contextlib.suppress(OSError):
                     process = _Process(pid, os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC))
                     self._tree[pid] = process
