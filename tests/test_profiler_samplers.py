@@ -13,7 +13,7 @@ import pytest
 
 from memopt.profiler import samplers
 from memopt.profiler.samplers import ProcessMemory
-from memopt.profiler.tree_sampler import TreeSampler, tree_io
+from memopt.profiler.tree_sampler import TreeSampler
 from memopt.units import KiB, MiB
 
 SIZE = 48 * MiB
@@ -114,15 +114,20 @@ def test_a_process_that_is_gone_is_none() -> None:
     gone = 2**22 + 1  # above the largest pid_max
     assert samplers.process_memory(gone) is None
     assert samplers.process_io(gone) is None
-    assert samplers.children(gone) == []
-    assert samplers.tree_memory([gone]) == ProcessMemory()
+    assert samplers.proportional_memory(gone) is None
+    assert samplers.descendants(gone) == []
+    sampler = TreeSampler(gone)
+    assert sampler.sample(fresh=True).charged_bytes == 0
+    assert sampler.io() == (0, 0)
 
 
 def test_writes_are_counted_also_those_of_ended_children(tmp_path: Path) -> None:
     before = samplers.process_io()
     if before is None:
         pytest.skip("the kernel does not count I/O per process")
-    tree_before = tree_io()[1]
+    sampler = TreeSampler()
+    sampler.sample()
+    tree_before = sampler.io()[1]
     with (tmp_path / "own").open("wb") as file:
         file.write(bytes(8 * MiB))
         file.flush()
@@ -135,7 +140,8 @@ def test_writes_are_counted_also_those_of_ended_children(tmp_path: Path) -> None
     code = f"import os; f = open({str(tmp_path / 'child')!r}, 'wb'); f.write(bytes({16 * MiB})); f.close()"
     subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True)
     # from the tree's own count: helpers that other tests started are children of this process too
-    assert 24 * MiB <= tree_io()[1] - tree_before < 24 * MiB + 2 * SLACK
+    assert 24 * MiB <= sampler.io()[1] - tree_before < 24 * MiB + 2 * SLACK
+    sampler.close()
 
 
 def test_a_childs_memory_is_in_the_tree() -> None:
@@ -148,7 +154,7 @@ def test_a_childs_memory_is_in_the_tree() -> None:
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            assert child.pid in samplers.children()
+            assert child.pid in samplers.descendants()
             during = sampler.sample(fresh=True)
         after = sampler.sample(fresh=True)
     finally:

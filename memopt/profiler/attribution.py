@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from memopt.profiler.measured import Attributed
+from memopt.profiler.pace import Pace
 
-_EVERY_S = 0.1
 # The answer of a job with many tensors takes milliseconds. On the time line asking may take one part in 200 of the
 # time; while a peak grows, one in 20, because the peak is what people read.
-_LINE_PAUSE = 200
-_PEAK_PAUSE = 20
+_LINE_EVERY_S, _LINE_SHARE = 0.1, 200
+_PEAK_SHARE = 20
 
 
 class Attribution:
@@ -20,16 +19,14 @@ class Attribution:
     def __init__(self, ask: Callable[[], Attributed] | None) -> None:
         self._ask = ask
         self._last: Attributed | None = None
-        self._line_due_s = self._peak_due_s = float("-inf")
+        self._line = Pace(_LINE_EVERY_S, _LINE_SHARE)
+        self._peak = Pace(0.0, _PEAK_SHARE)
 
     def latest(self, t_s: float, *, at_peak: bool, fresh: bool = False) -> Attributed | None:
         """The answer to use at `t_s`; None when nobody can say."""
         if self._ask is None:
             return None
-        if fresh or t_s >= (self._peak_due_s if at_peak else self._line_due_s):
-            began = time.thread_time()
-            self._last = {tier: dict(by) for tier, by in self._ask().items()}
-            cost_s = time.thread_time() - began
-            self._line_due_s = t_s + max(_EVERY_S, _LINE_PAUSE * cost_s)
-            self._peak_due_s = t_s + _PEAK_PAUSE * cost_s
+        if fresh or (self._peak if at_peak else self._line).due(t_s):
+            with self._line.spending(t_s), self._peak.spending(t_s):
+                self._last = {tier: dict(by) for tier, by in self._ask().items()}
         return self._last

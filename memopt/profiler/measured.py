@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memopt.report_types import Phase, Timeline
+from memopt.profiler.container import ContainerUse
+from memopt.report_types import DeviceUse, DiskUse, Phase, Timeline
 from memopt.tiers import Category, Tier
 
 Attributed = Mapping[Tier, Mapping[Category, int]]
@@ -21,6 +22,9 @@ class Measured:
     `dram_peak_bytes`: sampled peak of anonymous + shared memory of the process tree. `dram_upper_bound_bytes`: the
     kernel's high-water marks added up (they include file pages, and what happened before the session). `at_peak`: what
     was attributed at the peak of each tier, by `attributed_by`; without `OTHER`, which is the rest of the peak.
+    `cost_s` is CPU time: of the sampling alone, or of all of this process when it watches another (`watching`).
+    `own_dram_bytes`: what this process holds then. `gpu_guessed`: the driver did not tell the job's processes apart.
+    The other fields mean what the report's fields of the same name do.
     """
 
     started: str
@@ -40,6 +44,18 @@ class Measured:
     timeline: Timeline = field(default_factory=Timeline)
     at_peak: Attributed = field(default_factory=dict)
     attributed_by: AttributedBy | None = None
+    kinds_at_peak: Mapping[Tier, Mapping[str, int]] = field(default_factory=dict)
+    proportional_bytes: int | None = None
+    locked_bytes: int | None = None
+    page_cache_bytes: int | None = None
+    container: ContainerUse = field(default_factory=ContainerUse)
+    devices: list[DeviceUse] = field(default_factory=list)
+    gpu_guessed: bool = False
+    pinned_bytes: int | None = None
+    alloc_retries: int | None = None
+    disks: list[DiskUse] = field(default_factory=list)
+    watching: bool = False
+    own_dram_bytes: int | None = None
 
 
 def by_category(attributed: Mapping[Category, int], measured_bytes: int) -> dict[str, int]:

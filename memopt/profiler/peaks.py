@@ -32,17 +32,20 @@ class Peaks:
                 return True
         return False
 
-    def see(self, point: Point, *, asked: bool) -> None:
-        """Take one sample; `asked`: its categories were asked for because of `worth_asking`."""
+    def see(self, point: Point, *, asked: bool) -> list[Tier]:
+        """Take one sample; the tiers it is the new peak of. `asked`: its categories were asked for, as was worth it."""
+        risen = []
         for tier in Tier:
             now = point.bytes_of(tier)
             if now is None or now <= self._bytes.get(tier, -1):
                 continue
             self._bytes[tier] = now
+            risen.append(tier)
             if asked:
                 self._asked_at[tier] = now
             if point.attributed is not None and tier in point.attributed:
                 self._attributed[tier] = point.attributed[tier]
+        return risen
 
     def of(self, tier: Tier) -> int | None:
         """The highest bytes of a tier; None when it was never there."""

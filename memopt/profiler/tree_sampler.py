@@ -1,70 +1,212 @@
-"""Memory of this process and its descendants, cheap enough to ask fifty times a second."""
+"""Memory and traffic of a process and its descendants, cheap enough to ask fifty times a second."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from memopt.profiler.samplers import ProcessMemory, children, parse_status, process_io, tree_memory
+from memopt.profiler.pace import Pace
+from memopt.profiler.samplers import ProcessMemory, descendants, parse_status, process_io, proportional_memory
 
-# Listing descendants walks all of /proc; a child's memory is one small file.
-_LIST_EVERY_S = 1.0
-_CHILDREN_EVERY_S = 0.1
+_LIST_EVERY_S = 0.1
+_YOUNG_S = 0.5  # a short job has begotten and lost its children before the usual time to list them
+_OTHERS_EVERY_S = 0.1
+_PROPORTIONAL_EVERY_S = 1.0
+# A change of the tree makes the old shares wrong, so asking may then cost one part in 20 of the time instead of 400.
+_CHANGED_SHARE = 20
+_READ_EACH_TIME = 4
 _STATUS_BYTES = 4096  # the file is about 1.5 KB
 
 
 @dataclass(frozen=True, slots=True)
 class TreeMemory:
-    """Bytes of the whole tree at one moment."""
+    """Bytes of the whole tree at one moment; a page that several processes share counts once.
 
-    charged_bytes: int
-    file_bytes: int
-    hwm_bytes: int
+    `proportional_bytes`: the latest anonymous + shared bytes as the kernel divides them; None where it will not say.
+    `hwm_bytes`: high-water marks added up, an upper bound.
+    """
+
+    anon_bytes: int = 0
+    shmem_bytes: int = 0
+    file_bytes: int = 0
+    locked_bytes: int = 0
+    hwm_bytes: int = 0
+    proportional_bytes: int | None = None
+
+    @property
+    def charged_bytes(self) -> int:
+        """What a DRAM budget counts: anonymous + shared."""
+        return self.anon_bytes + self.shmem_bytes
+
+
+@dataclass(slots=True)
+class _Process:
+    """One process of the tree. `status` stays open, so that a reused process id is never taken for it.
+
+    `twice`: what its own numbers hold of pages that are shared and counted elsewhere (anon, shmem, file).
+    `known`: its shares have been asked for; until then a newcomer, most likely a fork, counts nothing.
+    """
+
+    pid: int
+    status: int
+    memory: ProcessMemory = field(default_factory=ProcessMemory)
+    twice: tuple[int, int, int] = (0, 0, 0)
+    known: bool = False
+
+    def read(self) -> bool:
+        """Refresh `memory`; False when the process is gone. A zombie reads as zeros."""
+        try:
+            self.memory = parse_status(os.pread(self.status, _STATUS_BYTES, 0))
+        except OSError:
+            self.memory = ProcessMemory()
+            return False
+        return True
+
+    def ask_shares(self) -> int | None:
+        """Find out what is shared; the proportional bytes a budget counts, or None when the kernel will not say."""
+        shares = proportional_memory(self.pid)
+        self.known = True
+        if shares is None or not self.read():
+            self.twice = (0, 0, 0)
+            # a zombie, or just ended: it has nothing
+            return None if self.memory.hwm_bytes > 0 else 0
+        memory = self.memory
+        self.twice = (
+            max(0, memory.anon_bytes - shares.anon_bytes),
+            max(0, memory.shmem_bytes - shares.shmem_bytes),
+            max(0, memory.file_bytes - shares.file_bytes),
+        )
+        return shares.anon_bytes + shares.shmem_bytes
+
+    def outgrew(self) -> bool:
+        """Whether its shares cannot be right any more: it gave back, or replaced by exec, what it shared."""
+        memory, twice = self.memory, self.twice
+        return not self.known or memory.anon_bytes < twice[0] or memory.shmem_bytes < twice[1]
+
+    def once(self) -> tuple[int, int, int]:
+        """(anon, shmem, file) bytes without what is counted elsewhere."""
+        memory, twice = self.memory, self.twice
+        return (
+            max(0, memory.anon_bytes - twice[0]),
+            max(0, memory.shmem_bytes - twice[1]),
+            max(0, memory.file_bytes - twice[2]),
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.status)
 
 
 class TreeSampler:
-    """Keeps /proc/self/status open (one pread per sample); lists children at most once a second."""
+    """The tree of `root_pid` (default: this process). What was once seen in it stays, whoever adopts it later.
 
-    def __init__(self) -> None:
-        self._status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-        self._pids: list[int] = []
-        self._children = ProcessMemory()
-        self._listed_at = self._children_at = float("-inf")
+    `adopted`: the tree is every process that becomes a descendant of this one from now on, itself excepted: for a
+    program that made itself the subreaper of the command it will run (prctl(2)), so that nothing the command leaves
+    behind gets lost.
+    """
+
+    def __init__(self, root_pid: int | None = None, *, adopted: bool = False) -> None:
+        self._root = os.getpid() if root_pid is None or adopted else root_pid
+        self._counts_root = not adopted
+        self._strangers = set(descendants(self._root)) if adopted else set()
+        self._begun_s = time.monotonic()
+        self._tree: dict[int, _Process] = {}
+        self._proportional: int | None = None
+        self._list = Pace(_LIST_EVERY_S)
+        self._others = Pace(_OTHERS_EVERY_S)
+        self._shares = Pace(_PROPORTIONAL_EVERY_S)
+        self._changed_shares = Pace(0.0, _CHANGED_SHARE)
+        self._changed = False
+        self._retired = (0, 0)
+        self._io = (0, 0)
+
+    def pids(self) -> list[int]:
+        """The processes known now."""
+        return list(self._tree)
 
     def sample(self, *, fresh: bool = False) -> TreeMemory:
-        """Now. `fresh` lists and reads the children too, however recently that was done."""
+        """Now. `fresh` lists and reads every process, however recently that was done."""
         now = time.monotonic()
-        if fresh or now - self._listed_at >= _LIST_EVERY_S:
-            self._pids = children()
-            self._listed_at = now
-        if fresh or now - self._children_at >= _CHILDREN_EVERY_S:
-            self._children = tree_memory(self._pids)
-            self._children_at = now
-        own = parse_status(os.pread(self._status, _STATUS_BYTES, 0))
-        return TreeMemory(
-            charged_bytes=own.charged_bytes + self._children.charged_bytes,
-            file_bytes=own.file_bytes + self._children.file_bytes,
-            hwm_bytes=own.hwm_bytes + self._children.hwm_bytes,
-        )
+        if fresh or self._list.due(now) or now - self._begun_s < _YOUNG_S:
+            with self._list.spending(now):
+                self._list_tree()
+        self._read(now, fresh)
+        self._share_out(now, fresh)
+        return self._total()
 
     def io(self) -> tuple[int, int]:
-        """(read, written) device bytes of the processes known now; those of ended children count with the parent."""
-        return _io_of(self._pids)
+        """(read, written) device bytes of the tree so far; those of ended processes count with who waited for them."""
+        found = [io for pid in self._tree if (io := process_io(pid)) is not None]
+        read = self._retired[0] + sum(io.read_bytes for io in found)
+        written = self._retired[1] + sum(io.write_bytes for io in found)
+        # a process that ended and was waited for by nobody we know takes its count along: never fall back
+        self._io = (max(self._io[0], read), max(self._io[1], written))
+        return self._io
+
+    def retire(self, pid: int) -> None:
+        """Keep the traffic of a process that this one is about to wait for; it is still a zombie."""
+        io = process_io(pid)
+        gone = self._tree.pop(pid, None)
+        if gone is not None:
+            gone.close()
+        if io is not None:
+            self._retired = (self._retired[0] + io.read_bytes, self._retired[1] + io.write_bytes)
 
     def close(self) -> None:
-        """Close the kept file; a second call does nothing."""
-        if self._status >= 0:
-            os.close(self._status)
-            self._status = -1
+        """Close the kept files; a second call does nothing."""
+        for process in self._tree.values():
+            process.close()
+        self._tree.clear()
 
+    def _list_tree(self) -> None:
+        for pid in [*([self._root] if self._counts_root else []), *descendants(self._root)]:
+            if pid not in self._tree and pid not in self._strangers:
+                with contextlib.suppress(OSError):
+                    process = _Process(pid, os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC))
+                    self._tree[pid] = process
+                    self._changed = True
+                    process.read()
 
-def tree_io() -> tuple[int, int]:
-    """(read, written) device bytes of this process and its living descendants; ended children count with the parent."""
-    return _io_of(children())
+    def _read(self, now: float, all_of_them: bool) -> None:
+        processes = list(self._tree.values())
+        if len(processes) <= _READ_EACH_TIME or all_of_them or self._others.due(now):
+            with self._others.spending(now):
+                gone = [process for process in processes if not process.read()]
+        else:
+            processes.sort(key=lambda process: -process.memory.charged_bytes)
+            gone = [process for process in processes[:_READ_EACH_TIME] if not process.read()]
+        for process in gone:
+            process.close()
+            del self._tree[process.pid]
+            self._changed = True
 
+    def _share_out(self, now: float, fresh: bool) -> None:
+        """Find out what is counted in more than one process. Alone, a process owns all it has."""
+        living = [process for process in self._tree.values() if process.memory.hwm_bytes > 0]
+        if len(living) <= 1:
+            for process in living:
+                process.twice, process.known = (0, 0, 0), True
+            self._changed = False
+            self._proportional = sum(process.memory.charged_bytes for process in living)
+            return
+        self._changed |= any(process.outgrew() for process in living)
+        if fresh or self._shares.due(now) or (self._changed and self._changed_shares.due(now)):
+            self._changed = False
+            with self._shares.spending(now), self._changed_shares.spending(now):
+                found = [process.ask_shares() for process in living]
+            told = [nbytes for nbytes in found if nbytes is not None]
+            self._proportional = sum(told) if len(told) == len(found) else None
 
-def _io_of(pids: list[int]) -> tuple[int, int]:
-    every: list[int | str] = ["self", *pids]
-    found = [io for pid in every if (io := process_io(pid)) is not None]
-    return sum(io.read_bytes for io in found), sum(io.write_bytes for io in found)
+    def _total(self) -> TreeMemory:
+        processes = [process for process in self._tree.values() if process.known]
+        anon, shmem, files = map(sum, zip((0, 0, 0), *(process.once() for process in processes), strict=True))
+        return TreeMemory(
+            anon_bytes=anon,
+            shmem_bytes=shmem,
+            file_bytes=files,
+            locked_bytes=sum(max(each.memory.locked_bytes, each.memory.pinned_bytes) for each in processes),
+            hwm_bytes=sum(process.memory.hwm_bytes for process in self._tree.values()),
+            proportional_bytes=self._proportional,
+        )
