@@ -408,3 +408,35 @@ class TestUse:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout == "within\n"
+
+
+def test_a_kill_leaves_what_was_seen(run_python, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "run.json"
+    code = """
+import os, sys, memopt
+with memopt.Profiler(report=sys.argv[1], interval_s=0.005) as prof:
+    block = bytearray(b"x") * 2**25
+    prof.sample()
+    while b'"load"' not in open(sys.argv[1] + ".journal", "rb").read():
+        with prof.phase("load"):
+            pass
+    os.kill(os.getpid(), 9)
+"""
+    done = run_python(code, str(file))
+    assert done.returncode == -9
+    report = memopt.Report.load(file)
+    assert not report.complete
+    assert (report.tiers.dram.peak_bytes or 0) > 2**25
+    assert {phase.name for phase in report.phases} == {"load"}
+
+
+def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    directory = tmp_path / "dir"
+    directory.mkdir()
+    prof = memopt.Profiler(report=directory)
+    with pytest.raises(BadInput, match="cannot be written"), prof:
+        pass
+    assert prof.report.wall_s > 0
+    with pytest.raises(KeyError) as caught, memopt.Profiler(report=directory):
+        raise KeyError("mine")
+    assert "no report of this run: BadInput" in caught.value.__notes__[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,8 @@ from memopt.errors import BadInput, OverBudget
 from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.profiler.assemble import Story, assemble
-from memopt.profiler.measured import Attributed
+from memopt.profiler.journal import Journal
+from memopt.profiler.measured import Attributed, Measured
 from memopt.profiler.over import Contract, OnOver, Stop
 from memopt.profiler.samplers import process_memory
 from memopt.profiler.session import Session
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _PASSES = {"forward", "backward", "prefill", "decode"}
 # Tiers that are looked at when a phase begins or ends; DRAM is looked at with every sample.
 _AT_BOUNDARIES = (Tier.GPU, Tier.SSD)
+_NOT_RUNNING = "the profiler is not running; use it inside `with memopt.Profiler(...) as prof:`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,17 +90,20 @@ class Profiler:
         self._report_path = None if report is None else Path(report)
         self._activations, self._auto = activations, auto_phases
         self._contract = Contract(self.budget, on_over)
-        self._session = Session(
+        self._make_session = functools.partial(
+            Session,
             interval_s=interval_s,
             watch=watch_dirs,
             limit_bytes=self.budget.dram_bytes,
             on_over=lambda now, _: self._see(Tier.DRAM, now),
             attribution=self._attributed,
         )
+        self._started: Session | None = None
+        self._journal: Journal | None = None
         self._torch: TorchWatch | None = None
         self._before: list[Any] = []
         self._cleanup = contextlib.ExitStack()
-        self._phases = _OpenPhases(self._session)
+        self._phases = _OpenPhases(lambda name: self._session.phase(name))
         self._thread: int | None = None
         self._steps = 0
         self._notes: list[str] = []
@@ -200,6 +206,10 @@ class Profiler:
             raise RuntimeError("a profiler is used once; make a new one")
         if self._enforce:
             self._cleanup.enter_context(_gpu_limited_to(self.budget.gpu_bytes or 0))
+        if self._report_path is not None:
+            # what a kill of this process leaves
+            self._journal = Journal(self._report_path, self._report_so_far)
+        self._started = self._make_session(journal=self._journal)
         self._thread = threading.get_ident()
         self._session.start()
         before, self._before = self._before, []
@@ -232,6 +242,16 @@ class Profiler:
             finally:
                 if torch_watch is not None:
                     torch_watch.close()
+        self._report = self._finished(measured, error)
+        if self._report_path is not None and self._journal is not None:
+            try:
+                self._report.save(self._report_path)
+            except BadInput:
+                self._journal.close(remove=False)
+                raise
+            self._journal.close(remove=True)
+
+    def _finished(self, measured: Measured, error: BaseException | None) -> Report:
         peaks = {
             Tier.GPU: measured.gpu_peak_bytes,
             Tier.DRAM: measured.dram_peak_bytes,
@@ -240,15 +260,23 @@ class Profiler:
         for tier, peak in peaks.items():
             if tier not in self._contract.told:  # a peak between two boundaries
                 self._contract.see(tier, peak, functools.partial(measured.at_peak.get, tier))
-        notes = [*self._notes, *self._contract.told.values(), *(torch_watch.notes() if torch_watch is not None else ())]
+        notes = [*self._notes, *self._contract.told.values(), *(self._torch.notes() if self._torch is not None else ())]
         if self.budget.gpu_bytes is not None and measured.gpu_peak_bytes is None:
             notes.append("a gpu budget was given, but this process used no CUDA device")
+        if self._journal is not None and self._journal.failed:
+            notes.append(self._journal.failed)
         if error is not None and not self.stopped:
             notes.append(f"the program ended with {type(error).__name__}")
-        story = Story(command=sys.argv, results={"steps": self._steps} if self._steps else {}, notes=notes)
-        self._report = assemble(measured, Ledger(self.budget), Machine.capacities(), story)
-        if self._report_path is not None:
-            self._report.save(self._report_path)
+        return assemble(measured, Ledger(self.budget), Machine.capacities(), self._story(notes))
+
+    def _report_so_far(self, measured: Measured) -> Report:
+        machine = Machine(name=os.uname().nodename, cpu_count=os.cpu_count() or 1)
+        return assemble(
+            measured, Ledger(self.budget), machine, self._story([*self._notes, *self._contract.told.values()])
+        )
+
+    def _story(self, notes: list[str]) -> Story:
+        return Story(command=sys.argv, results={"steps": self._steps} if self._steps else {}, notes=notes)
 
     def _attributed(self) -> Attributed:
         return {} if self._torch is None else self._torch.attribution()
@@ -292,19 +320,25 @@ class Profiler:
             if self._torch is not None and name in _PASSES:
                 self._torch.attribution.passing(-1)
 
+    @property
+    def _session(self) -> Session:
+        if self._started is None:
+            raise RuntimeError(_NOT_RUNNING)
+        return self._started
+
     def _own_thread(self) -> bool:
         return threading.get_ident() == self._thread
 
     def _running(self) -> None:
         if self._thread is None or self._report is not None:
-            raise RuntimeError("the profiler is not running; use it inside `with memopt.Profiler(...) as prof:`")
+            raise RuntimeError(_NOT_RUNNING)
 
 
 class _OpenPhases:
     """The phases that have begun: named by hand, or found by hooks, which give way to an open one of the same name."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, phase: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
+        self._phase = phase
         self._lock = threading.Lock()
         self._open: list[tuple[str, bool, contextlib.AbstractContextManager[None]]] = []
 
@@ -313,7 +347,7 @@ class _OpenPhases:
         with self._lock:
             if not by_hand and any(name == open_name for open_name, _, _ in self._open):
                 return False
-        phase = self._session.phase(name)
+        phase = self._phase(name)
         phase.__enter__()
         with self._lock:
             self._open.append((name, by_hand, phase))

@@ -135,11 +135,20 @@ class Session:
         """The highest sample so far."""
         return self._seen.peaks.of(Tier.DRAM) or 0
 
+    def peak_bytes(self, tier: Tier) -> int | None:
+        """The highest sample of a tier so far; None when it is not there."""
+        return self._seen.peaks.of(tier)
+
     def write_bytes(self) -> int:
         """Bytes the process tree has written to devices since the start."""
+        return self.io_bytes()[1]
+
+    def io_bytes(self) -> tuple[int, int]:
+        """Bytes the process tree has read from and written to devices since the start."""
         begun = self._running()
         with self._lock:
-            return max(0, begun.readers.tree.io()[1] - begun.io_bytes[1])
+            read_bytes, write_bytes = begun.readers.tree.io()
+        return max(0, read_bytes - begun.io_bytes[0]), max(0, write_bytes - begun.io_bytes[1])
 
     def pids(self) -> list[int]:
         """The processes of the tree known now."""
