@@ -54,7 +54,7 @@ class ProfilerCallback(TrainerCallback):
         self._on_over = on_over
         self._watch_dirs = list(watch_dirs)
         self._options: dict[str, Any] = {"budget": budget, "interval_s": interval_s, "activations": activations}
-        self._make(None)  # bad input is told now, not when training begins
+        self._make(self._path)  # bad input is told now, not when training begins
         self._over: OverBudget | None = None
         self._phase: AbstractContextManager[None] | None = None
         self._report: Report | None = None
@@ -117,8 +117,9 @@ class ProfilerCallback(TrainerCallback):
         path = self._path
         if path is not None and args.process_index > 0:
             path = path.with_name(f"{path.stem}-rank{args.process_index}{path.suffix}")
-        self.profiler = self._make(path).__enter__()
-        self.profiler.watch(*(thing for thing in (model, optimizer) if thing is not None))
+        profiler = self._make(path)
+        profiler.watch(*(thing for thing in (model, optimizer) if thing is not None))
+        self.profiler = profiler.__enter__()
         atexit.register(_close_if_there, weakref.ref(self))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

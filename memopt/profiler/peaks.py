@@ -28,7 +28,7 @@ class Peaks:
         """Whether a tier is so far above its last attributed peak that its categories should be asked for."""
         for tier in Tier:
             now, asked = point.bytes_of(tier), self._asked_at.get(tier)
-            if now is not None and (asked is None or now > asked + max(_WORTH_BYTES, asked // _WORTH_SHARE)):
+            if now is not None and (asked is None or now > asked + _margin(asked)):
                 return True
         return False
 
@@ -37,14 +37,21 @@ class Peaks:
         risen = []
         for tier in Tier:
             now = point.bytes_of(tier)
-            if now is None or now <= self._bytes.get(tier, -1):
+            if now is None:
+                continue
+            peak = self._bytes.get(tier, -1)
+            by = None if point.attributed is None else point.attributed.get(tier)
+            if by is not None and tier not in self._attributed and now > peak - _margin(peak):
+                # whoever attributes has come after the peak, and little has gone since
+                self._attributed[tier] = by
+            if now <= peak:
                 continue
             self._bytes[tier] = now
             risen.append(tier)
             if asked:
                 self._asked_at[tier] = now
-            if point.attributed is not None and tier in point.attributed:
-                self._attributed[tier] = point.attributed[tier]
+            if by is not None:
+                self._attributed[tier] = by
         return risen
 
     def of(self, tier: Tier) -> int | None:
@@ -54,6 +61,10 @@ class Peaks:
     def attributed(self) -> Attributed:
         """What was attributed at the peak of each tier."""
         return dict(self._attributed)
+
+
+def _margin(nbytes: int) -> int:
+    return max(_WORTH_BYTES, nbytes // _WORTH_SHARE)
 
 
 @dataclass(slots=True)

@@ -123,19 +123,8 @@ class Profiler:
         if self._thread is None:
             self._before.extend(watched)
             return
-        if watched and self._torch is None:
-            from memopt.profiler.torch_watch import TorchWatch  # here: not every program has torch
-
-            memory = process_memory()
-            self._torch = TorchWatch(
-                charged_bytes=0 if memory is None else memory.charged_bytes,
-                activations=self._activations,
-                begin=self._auto_begin if self._auto else None,
-                end=self._auto_end,
-            )
-        if self._torch is not None:
-            for thing in watched:
-                self._torch.watch(thing)
+        self._watch(watched)
+        self._session.sample()  # the highest moment may be behind, when nobody could say whose the bytes were
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -211,9 +200,9 @@ class Profiler:
             self._journal = Journal(self._report_path, self._report_so_far)
         self._started = self._make_session(journal=self._journal)
         self._thread = threading.get_ident()
-        self._session.start()
         before, self._before = self._before, []
-        self.watch(*before)
+        self._watch(before)
+        self._session.start()
         return self
 
     def __exit__(
@@ -277,6 +266,21 @@ class Profiler:
 
     def _story(self, notes: list[str]) -> Story:
         return Story(command=sys.argv, results={"steps": self._steps} if self._steps else {}, notes=notes)
+
+    def _watch(self, watched: Iterable[Any]) -> None:
+        if watched and self._torch is None:
+            from memopt.profiler.torch_watch import TorchWatch  # here: not every program has torch
+
+            memory = process_memory()
+            self._torch = TorchWatch(
+                charged_bytes=0 if memory is None else memory.charged_bytes,
+                activations=self._activations,
+                begin=self._auto_begin if self._auto else None,
+                end=self._auto_end,
+            )
+        if self._torch is not None:
+            for thing in watched:
+                self._torch.watch(thing)
 
     def _attributed(self) -> Attributed:
         return {} if self._torch is None else self._torch.attribution()
