@@ -122,3 +122,14 @@ def test_thinning_keeps_the_peaks_of_every_tier() -> None:
     assert len(line.t_s) <= 60
     assert max(nbytes or 0 for nbytes in line.gpu_bytes) == 9
     assert 7 in line.ssd_bytes
+
+
+@pytest.mark.parametrize(("later_bytes", "known"), [(600 * MiB, True), (500 * MiB, False)])
+def test_attribution_that_begins_after_the_peak_is_its_own_when_little_has_gone(later_bytes: int, known: bool) -> None:
+    peaks = Peaks()
+    peaks.see(Point(0.0, 600 * MiB + MiB // 2, attributed={}), asked=True)
+    weights: Attributed = {Tier.DRAM: {Category.WEIGHTS: 400 * MiB}}
+    peaks.see(Point(1.0, later_bytes, attributed=weights), asked=False)
+    peaks.see(Point(2.0, later_bytes, attributed={Tier.DRAM: {Category.WEIGHTS: 1}}), asked=False)
+    assert peaks.of(Tier.DRAM) == 600 * MiB + MiB // 2
+    assert peaks.attributed() == (weights if known else {})

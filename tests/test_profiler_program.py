@@ -397,17 +397,6 @@ class TestUse:
         with prof:
             assert prof.sample().categories[Tier.DRAM][Category.WEIGHTS] == torch_bytes.weight_bytes(model)
 
-    def test_watched_after_the_peak(self) -> None:
-        model = network()
-        with memopt.Profiler(interval_s=10) as prof:
-            region = touched(4 * MiB)
-            prof.sample()
-            region.close()
-            region = touched(4 * MiB - 64 * 1024)
-            prof.watch(model)
-        region.close()
-        assert prof.report.tiers.dram.at_peak["weights"] == torch_bytes.weight_bytes(model)
-
     def test_a_program_without_torch(self, run_python) -> None:  # type: ignore[no-untyped-def]
         done = run_python(
             "import sys, memopt\n"
