@@ -320,7 +320,6 @@ class TestEnforce:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, d: calls.append((f, d)))
-        monkeypatch.setattr(memopt.Machine, "capacities", classmethod(lambda cls: cls(name="x")))
         with memopt.Profiler(enforce=True, budget="gpu=2GiB"):
             assert calls == [(0.25, 1)]
         assert calls == [(0.25, 1), (1.0, 1)]
@@ -404,6 +403,7 @@ class TestUse:
             "    with prof.phase('load'): block = bytearray(b'x') * 2**25\n"
             "    prof.sample(); assert 'torch' not in sys.modules\n"
             "assert prof.report.tiers.dram.attributed_by is None, prof.report.tiers.dram\n"
+            "assert 'torch' not in sys.modules and prof.report.machine.dram_bytes\n"
             "print(prof.report.verdict)\n"
         )
         assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from memopt.budget import Budget
 from memopt.errors import BadInput, OverBudget
 from memopt.ledger import Ledger
-from memopt.machine import Machine
+from memopt.machine import Machine, dram_capacity
 from memopt.profiler.assemble import Story, assemble
 from memopt.profiler.journal import Journal
 from memopt.profiler.measured import Attributed, Measured
@@ -178,6 +178,10 @@ class Profiler:
         """The highest sample of a tier so far; None when it is not there."""
         return self._session.peak_bytes(tier)
 
+    def io_bytes(self) -> tuple[int, int]:
+        """Bytes the process tree has read from and written to devices since the start, as the kernel counts."""
+        return self._session.io_bytes()
+
     @property
     def steps(self) -> int:
         """How often `step` was called."""
@@ -256,13 +260,11 @@ class Profiler:
             notes.append(self._journal.failed)
         if error is not None and not self.stopped:
             notes.append(f"the program ended with {type(error).__name__}")
-        return assemble(measured, Ledger(self.budget), Machine.capacities(), self._story(notes))
+        return assemble(measured, Ledger(self.budget), _machine(), self._story(notes))
 
     def _report_so_far(self, measured: Measured) -> Report:
-        machine = Machine(name=os.uname().nodename, cpu_count=os.cpu_count() or 1)
-        return assemble(
-            measured, Ledger(self.budget), machine, self._story([*self._notes, *self._contract.told.values()])
-        )
+        notes = [*self._notes, *self._contract.told.values()]
+        return assemble(measured, Ledger(self.budget), _machine(), self._story(notes))
 
     def _story(self, notes: list[str]) -> Story:
         return Story(command=sys.argv, results={"steps": self._steps} if self._steps else {}, notes=notes)
@@ -382,6 +384,15 @@ def _budget(given: Budget | str | None) -> Budget:
         return given
     text = given or ""
     return Budget.parse(text, Machine.capacities() if "%" in text else None)
+
+
+def _machine() -> Machine:
+    """What is known without importing torch or starting CUDA, where the program has not."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is not None and cuda.is_initialized():
+        return Machine.capacities()
+    total, note = dram_capacity()
+    return Machine(name=os.uname().nodename, cpu_count=os.cpu_count() or 1, dram_bytes=total, notes=(note,))
 
 
 @contextlib.contextmanager
