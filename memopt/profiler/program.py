@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,6 +20,8 @@ from memopt.profiler.assemble import Story, assemble
 from memopt.profiler.journal import Journal
 from memopt.profiler.measured import Attributed, Measured
 from memopt.profiler.over import Contract, OnOver, Stop
+from memopt.profiler.program_phases import Now, OpenPhases
+from memopt.profiler.prometheus import FileWriter, Server, State, exposition, metrics_of, write
 from memopt.profiler.samplers import process_memory
 from memopt.profiler.session import Session
 from memopt.report_types import Report
@@ -33,22 +34,6 @@ _PASSES = {"forward", "backward", "prefill", "decode"}
 # Tiers that are looked at when a phase begins or ends; DRAM is looked at with every sample.
 _AT_BOUNDARIES = (Tier.GPU, Tier.SSD)
 _NOT_RUNNING = "the profiler is not running; use it inside `with memopt.Profiler(...) as prof:`"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Now:
-    """Bytes at one moment; None for a tier that is not there. `categories`: by tier; `OTHER` is what is left over."""
-
-    dram_bytes: int
-    gpu_bytes: int | None = None
-    ssd_bytes: int | None = None
-    categories: Mapping[Tier, Mapping[Category, int]] = field(default_factory=dict)
-
-    def bytes_of(self, tier: Tier) -> int | None:
-        """The bytes of one tier."""
-        if tier is Tier.GPU:
-            return self.gpu_bytes
-        return self.dram_bytes if tier is Tier.DRAM else self.ssd_bytes
 
 
 class Profiler:
@@ -103,10 +88,11 @@ class Profiler:
         self._torch: TorchWatch | None = None
         self._before: list[Any] = []
         self._cleanup = contextlib.ExitStack()
-        self._phases = _OpenPhases(lambda name: self._session.phase(name))
+        self._phases = OpenPhases(lambda name: self._session.phase(name))
         self._thread: int | None = None
         self._steps = 0
         self._notes: list[str] = []
+        self._files: list[FileWriter] = []
         self._report: Report | None = None
         self.stopped = False
 
@@ -182,6 +168,32 @@ class Profiler:
         """Bytes the process tree has read from and written to devices since the start, as the kernel counts."""
         return self._session.io_bytes()
 
+    def metrics(self) -> str:
+        """The latest sample as Prometheus' text format. From any thread; also after the `with` block."""
+        return exposition(metrics_of(self._session, self._state()))
+
+    def write_metrics(self, path: str | Path, *, every_s: float | None = None) -> None:
+        """Write `metrics()` to a `.prom` file for node_exporter's textfile collector, each time in one step.
+
+        With `every_s` also that often from now on, and at the end of the block. Raises BadInput.
+        """
+        self._running()
+        if every_s is None:
+            write(Path(path), self.metrics())
+        else:
+            self._files.append(FileWriter(Path(path), self.metrics, every_s))
+
+    def serve_metrics(self, port: int = 0, *, host: str = "127.0.0.1") -> Server:
+        """Serve `metrics()` under http://host:port/metrics until the end of the block; 0 takes a free port.
+
+        Only this machine can read it unless `host` says otherwise ("0.0.0.0": everybody who can reach it). Raises
+        BadInput when the port is taken.
+        """
+        self._running()
+        server = Server(self.metrics, port, host)
+        self._cleanup.callback(server.close)
+        return server
+
     @property
     def steps(self) -> int:
         """How often `step` was called."""
@@ -225,24 +237,29 @@ class Profiler:
         return self.stopped or None
 
     def _finish(self, error: BaseException | None) -> None:
-        with self._cleanup:
-            self._close_phases()
-            torch_watch = self._torch
-            if torch_watch is not None:
-                torch_watch.attribution.look(force=True)
-            try:
-                measured = self._session.stop()
-            finally:
-                if torch_watch is not None:
-                    torch_watch.close()
-        self._report = self._finished(measured, error)
-        if self._report_path is not None and self._journal is not None:
-            try:
-                self._report.save(self._report_path)
-            except BadInput:
-                self._journal.close(remove=False)
-                raise
-            self._journal.close(remove=True)
+        with contextlib.ExitStack() as last:
+            for file in self._files:
+                last.callback(file.close)
+            with self._cleanup:
+                measured = self._stop()
+            self._report = self._finished(measured, error)
+            if self._report_path is not None and self._journal is not None:
+                try:
+                    self._report.save(self._report_path)
+                except BadInput:
+                    self._journal.close(remove=False)
+                    raise
+                self._journal.close(remove=True)
+
+    def _stop(self) -> Measured:
+        self._close_phases()
+        if self._torch is None:
+            return self._session.stop()
+        self._torch.attribution.look(force=True)
+        try:
+            return self._session.stop()
+        finally:
+            self._torch.close()
 
     def _finished(self, measured: Measured, error: BaseException | None) -> Report:
         peaks = {
@@ -258,6 +275,7 @@ class Profiler:
             notes.append("a gpu budget was given, but this process used no CUDA device")
         if self._journal is not None and self._journal.failed:
             notes.append(self._journal.failed)
+        notes.extend(file.failed for file in self._files if file.failed)
         if error is not None and not self.stopped:
             notes.append(f"the program ended with {type(error).__name__}")
         return assemble(measured, Ledger(self.budget), _machine(), self._story(notes))
@@ -283,6 +301,16 @@ class Profiler:
         if self._torch is not None:
             for thing in watched:
                 self._torch.watch(thing)
+
+    def _state(self) -> State:
+        return State(
+            budget=self.budget,
+            categories=self.latest().categories,
+            crossings=self._contract.crossings,
+            phases=self._phases.names(),
+            steps=self._steps,
+            running=self._report is None,
+        )
 
     def _attributed(self) -> Attributed:
         return {} if self._torch is None else self._torch.attribution()
@@ -338,45 +366,6 @@ class Profiler:
     def _running(self) -> None:
         if self._thread is None or self._report is not None:
             raise RuntimeError(_NOT_RUNNING)
-
-
-class _OpenPhases:
-    """The phases that have begun: named by hand, or found by hooks, which give way to an open one of the same name."""
-
-    def __init__(self, phase: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
-        self._phase = phase
-        self._lock = threading.Lock()
-        self._open: list[tuple[str, bool, contextlib.AbstractContextManager[None]]] = []
-
-    def begin(self, name: str, *, by_hand: bool) -> bool:
-        """Whether a phase began."""
-        with self._lock:
-            if not by_hand and any(name == open_name for open_name, _, _ in self._open):
-                return False
-        phase = self._phase(name)
-        phase.__enter__()
-        with self._lock:
-            self._open.append((name, by_hand, phase))
-        return True
-
-    def end(self, name: str, *, by_hand: bool) -> bool:
-        """Whether a phase ended: the last that began of this name and kind."""
-        with self._lock:
-            found = next((entry for entry in reversed(self._open) if entry[:2] == (name, by_hand)), None)
-            if found is None:
-                return False
-            self._open.remove(found)
-        found[2].__exit__(None, None, None)
-        return True
-
-    def close(self, *, found_only: bool = False) -> list[str]:
-        """End what is open, the last first; the names."""
-        with self._lock:
-            ending = [entry for entry in self._open if not (found_only and entry[1])]
-            self._open = [entry for entry in self._open if entry not in ending]
-        for _, _, phase in reversed(ending):
-            phase.__exit__(None, None, None)
-        return [name for name, _, _ in ending]
 
 
 def _budget(given: Budget | str | None) -> Budget:
