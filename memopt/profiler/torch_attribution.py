@@ -13,7 +13,7 @@ import torch
 
 from memopt.profiler.measured import Attributed
 from memopt.profiler.torch_saved import SavedTensors
-from memopt.profiler.torch_tensors import FileRanges, Held, anonymous_bytes, held, tensors_in
+from memopt.profiler.torch_tensors import FileRanges, Held, anonymous_bytes, held, tensors_in, tier_of
 from memopt.tiers import Category, Tier
 from memopt.units import format_bytes
 
@@ -99,9 +99,11 @@ class TorchAttribution:
                 for item in items:
                     if item.alive():
                         counts[item.tier][category] += item.nbytes - self._mapped.get(item.key, 0)
-            for item in list(self._gradients.values()):
+            for key, item in list(self._gradients.items()):
                 if item.alive():
                     counts[item.tier][Category.GRADIENTS] += item.nbytes
+                else:
+                    self._gradients.pop(key, None)
         counts[Tier.DRAM][Category.RUNTIME] = self._runtime_bytes
         for tier in _COUNTED:
             counts[tier][Category.ACTIVATIONS] = 0 if self.saved is None else self.saved.nbytes(tier)
@@ -162,8 +164,6 @@ class TorchAttribution:
     def _note_gradients(
         self, modules: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer], own_thread: bool
     ) -> None:
-        for key in [key for key, item in list(self._gradients.items()) if not item.alive()]:
-            del self._gradients[key]
         if not own_thread:
             # reading .grad beside a running backward pass is a race in C++; what that makes, the hooks note
             return
@@ -179,7 +179,14 @@ class TorchAttribution:
 
     def _note_gradient(self, param: torch.Tensor) -> None:
         try:
-            for item in held([] if param.grad is None else [param.grad], set()):
+            gradient = param.grad
+            if type(gradient) is torch.Tensor and gradient.layout is torch.strided:  # quickly, there are many
+                if gradient.untyped_storage()._cdata in self._gradients:
+                    return  # as long as it is in there, no other storage has its key
+                items = [Held(gradient.untyped_storage(), tier)] if (tier := tier_of(gradient.device)) else []
+            else:
+                items = held([] if gradient is None else [gradient], set())
+            for item in items:
                 self._gradients[item.key] = item
         except Exception as error:  # this runs inside the program's backward pass
             self._note(f"attribution of gradients: {type(error).__name__}: {error}")

@@ -16,7 +16,7 @@ _CHANGED_IN_PLACE = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of shape "
     "{shape} is at version {now}, expected version {then} instead (torch.autograd.set_detect_anomaly(True) tells where)"
 )
-_Key = tuple[int, Tier]
+_Key = int
 
 
 class _Saved:
@@ -24,7 +24,7 @@ class _Saved:
 
     __slots__ = ("_gone", "_keys", "_tensor", "_version")
 
-    def __init__(self, tensor: torch.Tensor, keys: list[_Key], gone: deque[_Key]) -> None:
+    def __init__(self, tensor: torch.Tensor, keys: tuple[_Key, ...], gone: deque[_Key]) -> None:
         # a detached alias shares the version counter; the tensor itself would make a circle through its grad_fn
         self._tensor = tensor.detach()
         self._version = self._tensor._version
@@ -55,7 +55,7 @@ class SavedTensors:
         self.skip = skip
         self._lock = threading.Lock()
         self._gone: deque[_Key] = deque()
-        self._holders: dict[int, tuple[int, int]] = {}
+        self._holders: dict[_Key, tuple[int, int, Tier]] = {}
         self._bytes = dict.fromkeys((Tier.GPU, Tier.DRAM), 0)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._installed = False
@@ -86,36 +86,49 @@ class SavedTensors:
             return self._bytes.get(tier, 0)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        return _Saved(tensor, self._count(tensor) if self._counting else [], self._gone)
+        return _Saved(tensor, self._count(tensor) if self._counting else (), self._gone)
 
     @staticmethod
     def _unpack(saved: Any) -> torch.Tensor:
         tensor: torch.Tensor = saved.unpack()
         return tensor
 
-    def _count(self, tensor: torch.Tensor) -> list[_Key]:
-        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
-            return []
-        keys: list[_Key] = []
+    def _count(self, tensor: torch.Tensor) -> tuple[_Key, ...]:
+        # this runs for every tensor that is saved: issubclass, since Parameter's own isinstance takes 1 us
+        base = tensor._base
+        if issubclass(type(tensor), torch.nn.Parameter) or issubclass(type(base), torch.nn.Parameter):
+            return ()
+        if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            found = [storage] if storage._cdata not in self.skip else []
+        else:
+            found = [s for part in dense_parts(tensor) if (s := part.untyped_storage())._cdata not in self.skip]
+        return self._add(found) if found else ()
+
+    def _add(self, storages: list[torch.UntypedStorage]) -> tuple[_Key, ...]:
+        keys = []
         with self._lock:
             self._settle()  # before counting: a freed storage's key may be in use again
-            for part in dense_parts(tensor):
-                storage = part.untyped_storage()
-                tier, key = tier_of(storage.device), int(storage._cdata)
-                if tier is None or key in self.skip:
-                    continue
-                keys.append((key, tier))
-                holders, nbytes = self._holders.get(key) or (0, int(storage.nbytes()))
-                self._holders[key] = (holders + 1, nbytes)
-                if holders == 0:
+            for storage in storages:
+                key = storage._cdata
+                known = self._holders.get(key)
+                if known is not None:
+                    self._holders[key] = (known[0] + 1, *known[1:])
+                elif (tier := tier_of(storage.device)) is not None:
+                    nbytes = storage.nbytes()
+                    self._holders[key] = (1, nbytes, tier)
                     self._bytes[tier] += nbytes
-        return keys
+                else:
+                    continue
+                keys.append(key)
+        return tuple(keys)
 
     def _settle(self) -> None:
         while self._gone:
-            key, tier = self._gone.popleft()
-            holders, nbytes = self._holders.pop(key)
+            key = self._gone.popleft()
+            holders, nbytes, tier = self._holders[key]
             if holders > 1:
-                self._holders[key] = (holders - 1, nbytes)
+                self._holders[key] = (holders - 1, nbytes, tier)
             else:
+                del self._holders[key]
                 self._bytes[tier] -= nbytes
