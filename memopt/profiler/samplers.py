@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -67,8 +68,19 @@ _FIELDS = {
 }
 
 
+# The order kernels have written these lines in since 4.5; one search costs half of what a loop over the lines does.
+_USUAL = re.compile(
+    rb"VmLck:\s+(\d+) kB\nVmPin:\s+(\d+) kB\nVmHWM:\s+(\d+) kB\nVmRSS:[^\n]*\n"
+    rb"RssAnon:\s+(\d+) kB\nRssFile:\s+(\d+) kB\nRssShmem:\s+(\d+) kB\n"
+)
+
+
 def parse_status(text: bytes) -> ProcessMemory:
     """The memory fields of /proc/PID/status; a kernel thread or a zombie has none, which reads as zeros."""
+    usual = _USUAL.search(text)
+    if usual is not None:
+        locked, pinned, hwm, anon, file, shmem = (int(kib) * 1024 for kib in usual.groups())
+        return ProcessMemory(anon, shmem, file, locked, hwm, pinned)
     values: dict[str, int] = {}
     for line in text.splitlines():
         key, _, rest = line.partition(b":")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from memopt.profiler.pace import Pace
 from memopt.profiler.samplers import ProcessMemory, descendants, parse_status, process_io, proportional_memory
 
-_LIST_EVERY_S = 0.1
+_LIST_EVERY_S = 0.2
 _YOUNG_S = 0.5  # a short job has begotten and lost its children before the usual time to list them
 _OTHERS_EVERY_S = 0.1
 _PROPORTIONAL_EVERY_S = 1.0
@@ -201,6 +201,16 @@ class TreeSampler:
 
     def _total(self) -> TreeMemory:
         processes = [process for process in self._tree.values() if process.known]
+        if len(processes) == 1 == len(self._tree) and processes[0].twice == (0, 0, 0):
+            memory = processes[0].memory
+            return TreeMemory(
+                memory.anon_bytes,
+                memory.shmem_bytes,
+                memory.file_bytes,
+                max(memory.locked_bytes, memory.pinned_bytes),
+                memory.hwm_bytes,
+                self._proportional,
+            )
         anon, shmem, files = map(sum, zip((0, 0, 0), *(process.once() for process in processes), strict=True))
         return TreeMemory(
             anon_bytes=anon,
