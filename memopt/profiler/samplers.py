@@ -51,8 +51,12 @@ class ProcessIo:
 
 @dataclass(frozen=True, slots=True)
 class ProportionalMemory:
-    """Bytes of one process, each page divided by the number of processes that map it, from /proc/PID/smaps_rollup."""
+    """Bytes of one process, each page divided by the number of processes that map it, from /proc/PID/smaps_rollup.
 
+    `undivided_anon_bytes`: the anonymous pages of the same walk, undivided.
+    """
+
+    undivided_anon_bytes: int
     anon_bytes: int
     shmem_bytes: int
     file_bytes: int
@@ -113,7 +117,7 @@ def proportional_memory(pid: int | str = "self", root: Path = _ROOT) -> Proporti
         text = (root / "proc" / str(pid) / "smaps_rollup").read_text(encoding="ascii")
         rows = (line.split() for line in text.splitlines()[1:])
         values = {row[0]: int(row[1]) * 1024 for row in rows if len(row) == 3}
-        return ProportionalMemory(values["Pss_Anon:"], values["Pss_Shmem:"], values["Pss_File:"])
+        return ProportionalMemory(values["Anonymous:"], values["Pss_Anon:"], values["Pss_Shmem:"], values["Pss_File:"])
     return None
 
 

@@ -66,15 +66,16 @@ class _Process:
 
     def ask_shares(self) -> int | None:
         """Find out what is shared; the proportional bytes a budget counts, or None when the kernel will not say."""
-        shares = proportional_memory(self.pid)
         self.known = True
-        if shares is None or not self.read():
+        # before the walk: what the process takes while it lasts must not look like something shared
+        alive = self.read() and self.memory.hwm_bytes > 0
+        shares = proportional_memory(self.pid)
+        if shares is None:
             self.twice = (0, 0, 0)
-            # a zombie, or just ended: it has nothing
-            return None if self.memory.hwm_bytes > 0 else 0
+            return None if alive else 0
         memory = self.memory
         self.twice = (
-            max(0, memory.anon_bytes - shares.anon_bytes),
+            max(0, shares.undivided_anon_bytes - shares.anon_bytes),
             max(0, memory.shmem_bytes - shares.shmem_bytes),
             max(0, memory.file_bytes - shares.file_bytes),
         )
