@@ -30,6 +30,7 @@ _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
 # Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
 _COST_SHARE = 110
 _COST_NEW = 0.1
+_EDGES_FREE_S = 0.05
 _JOURNAL_POINTS = 6
 
 
@@ -152,22 +153,25 @@ class Session:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what happens inside; phases may nest and repeat. Samples at both ends.
+        """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
+        part in 100 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
+        takes the latest one.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
         begun = self._running()
-        opened = OpenPhase(name, begun.elapsed_s(), *self._io(begun))
+        opened = OpenPhase(name, begun.elapsed_s(), *begun.edge_io)
         with self._lock:
             self._seen.open.append(opened)
-        self._tick()
+        opened.read_bytes, opened.write_bytes = self._edge(begun)
         try:
             yield
         finally:
-            self._tick()
-            io = self._io(begun)
+            io = self._edge(begun)
             with self._lock:
                 self._seen.open.remove(opened)
+                if opened.peaks.of(Tier.DRAM) is None:
+                    opened.peaks.see(self._seen.last, asked=False)
                 _keep(self._seen.phases, opened.closed(begun.elapsed_s(), *io))
 
     def __enter__(self) -> Session:
@@ -181,9 +185,15 @@ class Session:
             raise RuntimeError("the session is not started; use `with Session(...)` or call start()")
         return self._begun
 
-    def _io(self, begun: _Begun) -> tuple[int, int]:
-        with self._lock:
-            return begun.readers.tree.io()
+    def _edge(self, begun: _Begun) -> tuple[int, int]:
+        """Sample at an end of a phase where that is affordable; the traffic so far."""
+        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _COST_SHARE:
+            cpu = time.thread_time()
+            self._tick()
+            with self._lock:
+                begun.edge_io = begun.readers.tree.io()
+                begun.edge_cost_s += time.thread_time() - cpu
+        return begun.edge_io
 
     def _next_pause(self) -> float:
         self._pause_s = max(
@@ -262,6 +272,8 @@ class _Begun:
         readers.tree.sample(fresh=True)
         self.io_bytes = readers.tree.io()
         self.dram_bytes = 0
+        self.edge_io = self.io_bytes
+        self.edge_cost_s = 0.0
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.at_s
