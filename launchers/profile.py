@@ -61,12 +61,13 @@ def _profile(
         tolerance=None if tolerance is None else parse_share(tolerance, field="--tolerance"),
     )
     profiled = profile(config)
-    if not quiet:
+    if quiet:
+        for message in profiled.messages:
+            typer.echo(f"memopt: {message}", err=True)
+    else:  # the messages are among the notes
         from rich.console import Console
 
         from memopt.profiler.render import render
 
         render(profiled.report, Console(stderr=True))
-    for message in profiled.messages:
-        typer.echo(f"memopt: {message}", err=True)
     raise typer.Exit(profiled.exit_code)

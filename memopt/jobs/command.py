@@ -21,7 +21,8 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _WAITED_FOR = (*_PASSED_ON, signal.SIGCHLD)
 # Python ignores these two at its start; what it runs must not inherit that
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
-POLL_S = 0.05
+_POLL_S = 0.1
+_REAP_EVERY_S = 0.5  # SIGCHLD says so at once; several that end together can be one signal
 _SIGNALLED = 128
 
 
@@ -57,16 +58,19 @@ class Command:
         return [pid for pid in descendants() if pid not in self._before]
 
     def wait(self, look: Callable[[], None], adopted_ends: Callable[[int], None]) -> None:
-        """Until the command and all that it left behind has ended. `look` is called about twenty times a second.
+        """Until the command and all that it left behind has ended. `look` is called about ten times a second.
 
         `adopted_ends(pid)`: before an orphan is waited for. Signals that were sent to this process alone are passed on;
         those of the terminal reach the command by themselves. Once only orphans are left, a signal ends the waiting.
         """
+        reap_again_s = 0.0
         while True:
-            received = signal.sigtimedwait(_WAITED_FOR, POLL_S)
+            received = signal.sigtimedwait(_WAITED_FOR, _POLL_S)
             if received is not None and received.si_signo in _PASSED_ON:
                 self._pass_on(received)
-            self._reap(adopted_ends)
+            if received is not None or time.monotonic() > reap_again_s:
+                reap_again_s = time.monotonic() + _REAP_EVERY_S
+                self._reap(adopted_ends)
             if self._ended is not None and not (self._patient and self._left_behind()):
                 return
             look()

@@ -197,9 +197,9 @@ class _Run:
         if budget_bytes is None or now_bytes is None or now_bytes <= budget_bytes or what in self._warned:
             return
         self._warned.add(what)
-        over = f"over budget: {what} {format_bytes(now_bytes)} of {format_bytes(budget_bytes)}"
+        over = f"over budget now: {what} {format_bytes(now_bytes)} of {format_bytes(budget_bytes)}"
         if self.config.on_over == "stop":
-            self.stopped_for = self.stopped_for or over
+            self.stopped_for = self.stopped_for or over.replace(" now", "")
             command.stop(_GRACE_S)
             over += f"; stopping the command (SIGTERM, in {_GRACE_S:.0f} s SIGKILL)"
         self.say(over)
@@ -221,7 +221,7 @@ class _Run:
         )
 
     def _messages(self, report: Report, child: ChildUse) -> list[str]:
-        messages = []
+        messages = overs(report)
         if self.stopped_for:
             messages.append(f"the command was stopped: {self.stopped_for}")
         if child.killed_for_memory:
@@ -245,6 +245,21 @@ class _Run:
         return notes
 
 
+def overs(report: Report) -> list[str]:
+    """A sentence for each budget that was passed."""
+    found = [
+        f"over budget: {name} peak {format_bytes(use.peak_bytes or 0)} of {format_bytes(use.budget_bytes or 0)}"
+        for name, use in _tiers(report)
+        if use.within is False
+    ]
+    ssd = report.tiers.ssd
+    if ssd is not None and ssd.write_budget_bytes is not None:
+        written = ssd.process_write_bytes or 0
+        if written > ssd.write_budget_bytes:
+            found.append(f"over budget: {format_bytes(written)} written of {format_bytes(ssd.write_budget_bytes)}")
+    return found
+
+
 def exit_code(report: Report, *, missed: bool, stopped: bool) -> int:
     """What `memopt profile` leaves with."""
     child = report.child
@@ -260,13 +275,8 @@ def misses(report: Report, tolerance: float | None) -> list[str]:
     if tolerance is None:
         return []
     found = []
-    tiers: list[tuple[str, TierUse | None]] = [
-        ("gpu", report.tiers.gpu),
-        ("dram", report.tiers.dram),
-        ("ssd", report.tiers.ssd),
-    ]
-    for name, use in tiers:
-        if use is None or not use.predicted_bytes or use.peak_bytes is None:
+    for name, use in _tiers(report):
+        if not use.predicted_bytes or use.peak_bytes is None:
             continue
         error = use.peak_bytes / use.predicted_bytes - 1
         if abs(error) > tolerance:
@@ -275,6 +285,11 @@ def misses(report: Report, tolerance: float | None) -> list[str]:
                 f"{format_bytes(use.predicted_bytes)} predicted ({error:+.1%}, tolerance {tolerance:.1%})"
             )
     return found
+
+
+def _tiers(report: Report) -> list[tuple[str, TierUse]]:
+    tiers = (("gpu", report.tiers.gpu), ("dram", report.tiers.dram), ("ssd", report.tiers.ssd))
+    return [(name, use) for name, use in tiers if use is not None]
 
 
 def _story(config: ProfileConfig, limits: Limits, forecast: Forecast | None) -> Story:

@@ -11,7 +11,7 @@ from memopt.profiler.measured import Measured
 from memopt.profiler.thinning import Point
 from memopt.report_types import Report
 
-_EVERY_S = 1.0
+_EVERY_S = 2.0
 # A long job writes less often, so that its journal stays small: a thousandth of the run is what a kill can lose.
 _SHARE_OF_RUN = 1000
 

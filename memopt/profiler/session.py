@@ -27,9 +27,10 @@ from memopt.tiers import Tier
 _PHASES_KEPT = 1000
 # A short job is over before the usual interval has passed a few times: begin fast, slow down with every sample.
 _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
-# At most one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
-_COST_SHARE = 100
-_COST_MEMORY = 0.9
+# Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
+_COST_SHARE = 110
+_COST_NEW = 0.1
+_EDGES_FREE_S = 0.05
 _JOURNAL_POINTS = 6
 
 
@@ -48,7 +49,7 @@ class Session:
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
     once per crossing, in the sampling thread. `interval_s`: between samples (shorter at first, longer where sampling
-    would take more than one hundredth of a core); the tree is listed ten times a second. A peak shorter than that can
+    would take more than one hundredth of a core); the tree is listed five times a second. A peak shorter than that can
     be missed, which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and
     category whose the bytes are now; called in the sampling thread and at the ends of phases, along the time line and
     when a peak grows, so it must be quick and thread-safe; its error ends the session. `attributed_by` names it in the
@@ -86,7 +87,7 @@ class Session:
         self._attribution = Attribution(attribution)
         self._attributed_by: AttributedBy | None = None if attribution is None else attributed_by
         self._journal = journal
-        self._seen = _Seen()
+        self._seen = _Seen(journaled=journal is not None)
         self._lock = threading.Lock()
         self._thread = Ticker(self._tick, self._next_pause)
         self._begun: _Begun | None = None
@@ -161,22 +162,25 @@ class Session:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what happens inside; phases may nest and repeat. Samples at both ends.
+        """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
+        part in 100 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
+        takes the latest one.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
         begun = self._running()
-        opened = OpenPhase(name, begun.elapsed_s(), *self._io(begun))
+        opened = OpenPhase(name, begun.elapsed_s(), *begun.edge_io)
         with self._lock:
             self._seen.open.append(opened)
-        self._tick()
+        opened.read_bytes, opened.write_bytes = self._edge(begun)
         try:
             yield
         finally:
-            self._tick()
-            io = self._io(begun)
+            io = self._edge(begun)
             with self._lock:
                 self._seen.open.remove(opened)
+                if opened.peaks.of(Tier.DRAM) is None:
+                    opened.peaks.see(self._seen.last, asked=False)
                 _keep(self._seen.phases, opened.closed(begun.elapsed_s(), *io))
 
     def __enter__(self) -> Session:
@@ -190,9 +194,15 @@ class Session:
             raise RuntimeError("the session is not started; use `with Session(...)` or call start()")
         return self._begun
 
-    def _io(self, begun: _Begun) -> tuple[int, int]:
-        with self._lock:
-            return begun.readers.tree.io()
+    def _edge(self, begun: _Begun) -> tuple[int, int]:
+        """Sample at an end of a phase where that is affordable; the traffic so far."""
+        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _COST_SHARE:
+            cpu = time.thread_time()
+            self._tick()
+            with self._lock:
+                begun.edge_io = begun.readers.tree.io()
+                begun.edge_cost_s += time.thread_time() - cpu
+        return begun.edge_io
 
     def _next_pause(self) -> float:
         self._pause_s = max(
@@ -209,13 +219,16 @@ class Session:
             seen, t_s = self._seen, begun.elapsed_s()
             point = begun.readers.read(t_s, fresh=fresh)
             counted = [seen.peaks, *(opened.peaks for opened in seen.open)]
-            rising = any(peaks.worth_asking(point) for peaks in counted)
+            rising = self._attributed_by is not None and any(peaks.worth_asking(point) for peaks in counted)
             attributed = self._attribution.latest(t_s, at_peak=rising, fresh=fresh)
             seen.take(point if attributed is None else replace(point, attributed=attributed), rising, begun.readers)
-            if self._journal is not None and self._journal.due(t_s):
+            if self._journal is not None and seen.since_journal is not None and self._journal.due(t_s):
                 self._journal.write(self._result(begun), seen.since_journal.points())
                 seen.since_journal = Thinner(_JOURNAL_POINTS)
-            seen.count_cost(time.thread_time() - cpu)
+            seen.cost_s += time.thread_time() - cpu
+        # what watches another process does nothing else: all it costs counts, not the sampling alone
+        spent = time.process_time() if self._watching else seen.cost_s
+        seen.count_cost(spent, usual=not fresh)
         self._over.see(point.dram_bytes)
 
     def _result(self, begun: _Begun) -> Measured:
@@ -268,6 +281,8 @@ class _Begun:
         readers.tree.sample(fresh=True)
         self.io_bytes = readers.tree.io()
         self.dram_bytes = 0
+        self.edge_io = self.io_bytes
+        self.edge_cost_s = 0.0
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.at_s
@@ -276,17 +291,17 @@ class _Begun:
 class _Seen:
     """What the samples so far add up to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, journaled: bool) -> None:
         self.last = Point(0.0, 0)
         self.peaks = Peaks()
         self.kinds: dict[Tier, dict[str, int]] = {}
         self.phases: list[Phase] = []
         self.open: list[OpenPhase] = []
         self.thinner = Thinner()
-        self.since_journal = Thinner(_JOURNAL_POINTS)
+        self.since_journal = Thinner(_JOURNAL_POINTS) if journaled else None
         self.samples = 0
         self.cost_s = 0.0
-        self.tick_cost_s = 0.0
+        self.tick_cost_s = self._spent_s = 0.0
 
     def take(self, point: Point, asked: bool, readers: Readers) -> None:
         """One sample."""
@@ -298,13 +313,15 @@ class _Seen:
         for opened in self.open:
             opened.peaks.see(point, asked=asked)
         self.thinner.add(point)
-        self.since_journal.add(point)
+        if self.since_journal is not None:
+            self.since_journal.add(point)
         self.samples += 1
 
-    def count_cost(self, cpu_s: float) -> None:
-        """CPU seconds of one sample."""
-        self.cost_s += cpu_s
-        self.tick_cost_s = cpu_s if self.samples == 1 else _COST_MEMORY * self.tick_cost_s + 0.1 * cpu_s
+    def count_cost(self, spent_s: float, *, usual: bool) -> None:
+        """CPU seconds spent so far; `usual`: the next sample will cost about what this one did."""
+        if usual:
+            self.tick_cost_s += (spent_s - self._spent_s - self.tick_cost_s) * _COST_NEW
+        self._spent_s = spent_s
 
 
 def _keep(phases: list[Phase], phase: Phase) -> None:

@@ -49,9 +49,12 @@ class Thinner:
     def add(self, point: Point) -> None:
         """Take one sample; they come in order of time."""
         if self._buckets and self._in_last < self._stride:
-            self._kept -= len(self._buckets[-1])
-            self._buckets[-1] = _extremes((*self._buckets[-1], point))
             self._in_last += 1
+            last = self._buckets[-1]
+            if all(_within(point.bytes_of(tier), last, tier) for tier in Tier):
+                return  # the usual case, and the cheap one
+            self._kept -= len(last)
+            self._buckets[-1] = _extremes((*last, point))
         else:
             self._buckets.append((point,))
             self._in_last = 1
@@ -83,6 +86,14 @@ class Thinner:
             self._in_last += self._stride
         self._stride *= 2
         self._kept = sum(map(len, self._buckets))
+
+
+def _within(nbytes: int | None, points: _Bucket, tier: Tier) -> bool:
+    """Whether a sample is neither higher nor lower than what is kept."""
+    if nbytes is None:
+        return True
+    kept = [value for point in points if (value := point.bytes_of(tier)) is not None]
+    return bool(kept) and min(kept) <= nbytes <= max(kept)
 
 
 def _extremes(points: _Bucket) -> _Bucket:

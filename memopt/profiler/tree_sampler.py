@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from memopt.profiler.pace import Pace
 from memopt.profiler.samplers import ProcessMemory, descendants, parse_status, process_io, proportional_memory
 
-_LIST_EVERY_S = 0.1
+_LIST_EVERY_S = 0.2
 _YOUNG_S = 0.5  # a short job has begotten and lost its children before the usual time to list them
 _OTHERS_EVERY_S = 0.1
 _PROPORTIONAL_EVERY_S = 1.0
@@ -66,15 +66,16 @@ class _Process:
 
     def ask_shares(self) -> int | None:
         """Find out what is shared; the proportional bytes a budget counts, or None when the kernel will not say."""
-        shares = proportional_memory(self.pid)
         self.known = True
-        if shares is None or not self.read():
+        # before the walk: what the process takes while it lasts must not look like something shared
+        alive = self.read() and self.memory.hwm_bytes > 0
+        shares = proportional_memory(self.pid)
+        if shares is None:
             self.twice = (0, 0, 0)
-            # a zombie, or just ended: it has nothing
-            return None if self.memory.hwm_bytes > 0 else 0
+            return None if alive else 0
         memory = self.memory
         self.twice = (
-            max(0, memory.anon_bytes - shares.anon_bytes),
+            max(0, shares.undivided_anon_bytes - shares.anon_bytes),
             max(0, memory.shmem_bytes - shares.shmem_bytes),
             max(0, memory.file_bytes - shares.file_bytes),
         )
@@ -201,6 +202,16 @@ class TreeSampler:
 
     def _total(self) -> TreeMemory:
         processes = [process for process in self._tree.values() if process.known]
+        if len(processes) == 1 == len(self._tree) and processes[0].twice == (0, 0, 0):
+            memory = processes[0].memory
+            return TreeMemory(
+                memory.anon_bytes,
+                memory.shmem_bytes,
+                memory.file_bytes,
+                max(memory.locked_bytes, memory.pinned_bytes),
+                memory.hwm_bytes,
+                self._proportional,
+            )
         anon, shmem, files = map(sum, zip((0, 0, 0), *(process.once() for process in processes), strict=True))
         return TreeMemory(
             anon_bytes=anon,
