@@ -363,3 +363,41 @@ print(before, charged, after)
     before, charged, after = map(int, done.stdout.split())
     assert 0 < before < charged - 31 * MiB
     assert abs(after - before) < 3 * MiB
+
+
+def test_only_the_local_shards_of_fsdp(run_python) -> None:  # type: ignore[no-untyped-def]
+    # two processes, of which the other is made up: what it sends is garbage, where the bytes are is not
+    code = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from memopt.profiler.torch_attribution import TorchAttribution
+from memopt.tiers import Category, Tier
+
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+mesh = init_device_mesh("cpu", (2,))
+model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
+whole = sum(p.nbytes for p in model.parameters())
+for part in model:
+    fully_shard(part, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+attribution = TorchAttribution()
+attribution.watch(model)
+attribution.watch(optimizer)
+model(torch.randn(4, 64)).sum().backward()
+optimizer.step()
+attribution.look(force=True)
+now = attribution()[Tier.DRAM]
+assert attribution.notes == [], attribution.notes
+print(whole, *(now[c] for c in (Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER)))
+attribution.close()
+dist.destroy_process_group()
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    whole, *parts = map(int, done.stdout.split())
+    assert parts == [whole // 2] * 3

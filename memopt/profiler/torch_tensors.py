@@ -76,7 +76,9 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if _wraps(tensor):
         names, _ = cast(Any, tensor).__tensor_flatten__()
         for name in names:
-            yield from dense_parts(getattr(tensor, name))
+            inner = getattr(tensor, name)
+            if isinstance(inner, torch.Tensor):  # a DTensor names its mesh too
+                yield from dense_parts(inner)
     elif tensor.layout is torch.strided:
         yield tensor
     elif tensor.layout is torch.sparse_coo:
