@@ -172,12 +172,20 @@ class TestActivations:
         for block in blocks:
             y = checkpoint(block, y, use_reentrant=reentrant)
         kept = 3 * 10 * 16 * 4
+        during: list[int] = []
+        blocks[0][2].weight.register_hook(lambda _: during.append(dram(attribution)[Category.ACTIVATIONS]))
         found = dram(attribution)[Category.ACTIVATIONS]
         # beside them the state of the random number generator, where it is saved as a tensor
         assert kept <= found <= kept + 3 * 6000
         y.sum().backward()
         del y
         assert dram(attribution)[Category.ACTIVATIONS] == 0
+        # in the backward pass of the first block: its input, what goes into GELU, and what came out if not yet freed
+        (inside,) = during
+        one = 10 * 64 * 4
+        assert 10 * 16 * 4 + one <= inside <= 10 * 16 * 4 + 2 * one + 6000
+        attribution.close()
+        assert isinstance(torch.utils.checkpoint._recomputation_hook, type), "what was wrapped is unwrapped"
 
     def test_left_out_on_request(self) -> None:
         attribution = TorchAttribution(activations=False)

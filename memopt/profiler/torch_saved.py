@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 from memopt.profiler.torch_tensors import dense_parts, tier_of
 from memopt.tiers import Tier
@@ -46,8 +48,8 @@ class _Saved:
 class SavedTensors:
     """Counts storages that autograd saves while installed, each once however often it is saved.
 
-    `skip`: keys of storages that are something else (weights, buffers). What is saved under other hooks (during the
-    recomputation of `torch.utils.checkpoint`, say) is not seen. With hooks in place `torch.func.grad` refuses to work;
+    `skip`: keys of storages that are something else (weights, buffers). What `torch.utils.checkpoint` computes again is
+    counted too; what is saved under hooks of others is not seen. With hooks in place `torch.func.grad` refuses to work:
     that is torch's rule, and the reason why this can be left out.
     """
 
@@ -58,6 +60,7 @@ class SavedTensors:
         self._holders: dict[_Key, tuple[int, int, Tier]] = {}
         self._bytes = dict.fromkeys((Tier.GPU, Tier.DRAM), 0)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._undo_checkpoint: Callable[[], None] | None = None
         self._installed = False
         self._counting = False
 
@@ -65,11 +68,14 @@ class SavedTensors:
         """Count what this thread saves from now on. Saving in a thread that was started before is not counted."""
         if not self._installed:
             self._hooks.__enter__()
+            self._undo_checkpoint = _tell_of_recomputation(self._saved_again)
             self._installed = self._counting = True
 
     def remove(self) -> bool:
         """Stop counting. False when other hooks lie on top of these, which then stay, idle."""
         self._counting = False
+        if self._undo_checkpoint is not None:
+            self._undo_checkpoint()
         if not self._installed:
             return True
         top = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -94,9 +100,7 @@ class SavedTensors:
         return tensor
 
     def _count(self, tensor: torch.Tensor) -> tuple[_Key, ...]:
-        # this runs for every tensor that is saved: issubclass, since Parameter's own isinstance takes 1 us
-        base = tensor._base
-        if issubclass(type(tensor), torch.nn.Parameter) or issubclass(type(base), torch.nn.Parameter):
+        if _is_weight(tensor):
             return ()
         if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
@@ -123,6 +127,13 @@ class SavedTensors:
                 keys.append(key)
         return tuple(keys)
 
+    def _saved_again(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor until the alias that is returned dies; the one who keeps it for backward keeps that."""
+        alias = tensor.detach()
+        if self._counting and (keys := self._count(tensor)):
+            weakref.finalize(alias, self._gone.extend, keys).atexit = False
+        return alias
+
     def _settle(self) -> None:
         while self._gone:
             key = self._gone.popleft()
@@ -132,3 +143,33 @@ class SavedTensors:
             else:
                 del self._holders[key]
                 self._bytes[tier] -= nbytes
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    # this runs for every tensor that is saved: issubclass, since Parameter's own isinstance takes 1 us
+    return issubclass(type(tensor), torch.nn.Parameter) or issubclass(type(tensor._base), torch.nn.Parameter)
+
+
+def _tell_of_recomputation(tell: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None] | None:
+    """Have `torch.utils.checkpoint` keep `tell(tensor)` of what it saves when it computes again.
+
+    Its hooks come before all others while it recomputes, so these are wrapped. Returns the undo; None where the hooks
+    are not what they are in torch 2.11 to 2.13, and those bytes stay unattributed.
+    """
+    module: Any = torch.utils.checkpoint
+    theirs = getattr(module, "_recomputation_hook", None)
+    if not isinstance(theirs, type) or not issubclass(theirs, torch.autograd.graph.saved_tensors_hooks):
+        return None
+
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        hooks: Any = theirs(*args, **kwargs)
+        pack = hooks.pack_hook
+        hooks.pack_hook = lambda tensor: pack(tell(tensor))
+        return hooks
+
+    def undo() -> None:
+        if module._recomputation_hook is telling:
+            module._recomputation_hook = theirs
+
+    module._recomputation_hook = telling
+    return undo
