@@ -278,6 +278,21 @@ class TestStorages:
         assert dram(attribution)[Category.WEIGHTS] == wanted
         assert 128 * 64 // 2 < wanted < 128 * 64
 
+    def test_eight_bit_weights_and_states(self, attribution: TorchAttribution) -> None:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        layer = bitsandbytes.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False).to("cpu")
+        model = nn.Linear(512, 512)
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), min_8bit_size=1)
+        attribution.watch(layer)
+        attribution.watch(optimizer)
+        model(torch.ones(2, 512)).sum().backward()
+        optimizer.step()
+        attribution.look(force=True)
+        now = dram(attribution)
+        assert now[Category.WEIGHTS] == 128 * 64 + 64 * 4 + torch_bytes.weight_bytes(model)
+        assert now[Category.OPTIMIZER] == torch_bytes.state_bytes(optimizer)
+        assert 2 * 512 * 512 < now[Category.OPTIMIZER] < 2.1 * 512 * 512
+
     def test_weights_mapped_from_a_file_count_once_written(self, attribution: TorchAttribution, tmp_path: Path) -> None:
         save_file({"w": torch.ones(256, 1024)}, tmp_path / "w.safetensors")
         model = nn.Linear(1024, 256, bias=False)
@@ -311,6 +326,20 @@ class TestStorages:
                 cache.update(torch.zeros(1, 2, new, 4), torch.zeros(1, 2, new, 4), layer)
             attribution.look(force=True)
             assert dram(attribution)[Category.KV_CACHE] == 2 * 2 * 2 * length * 4 * 4
+
+
+def test_a_gpus_activations_are_the_rest_during_a_pass(
+    attribution: TorchAttribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the arithmetic only; with a device it is tested in test_profiler_program
+    monkeypatch.setattr("memopt.profiler.torch_attribution._gpu_allocated_bytes", lambda: 1000)
+    assert attribution()[Tier.GPU][Category.ACTIVATIONS] == 0
+    attribution.passing(+1)
+    attribution.passing(+1)
+    attribution.passing(-1)
+    assert attribution()[Tier.GPU][Category.ACTIVATIONS] == 1000
+    attribution.passing(-1)
+    assert attribution()[Tier.GPU][Category.ACTIVATIONS] == 0
 
 
 def test_from_another_thread_while_a_backward_pass_runs(attribution: TorchAttribution) -> None:
