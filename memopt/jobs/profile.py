@@ -38,7 +38,7 @@ class ProfileConfig:
 
     `ssd_write`: what the command and all it starts may write to drives. `watch`: directories whose files are the SSD
     tier. `report`: where to save the report. `enforce`: the kernel holds the command to `dram` (it kills what does not
-    fit). `on_over`: `warn` says so on stderr, `stop` ends the command too. `interval_s`: between samples. `plan`: a
+    fit). `on_over`: `warn` says so on stderr, `stop` ends the command too. `interval_s`: between samples; None: as `Session` sees fit. `plan`: a
     plan saved as JSON to compare with; `tolerance`: the share of the predicted bytes a measured peak may be off.
     """
 
@@ -51,14 +51,14 @@ class ProfileConfig:
     report: str | None = None
     enforce: bool = False
     on_over: OnOver = "warn"
-    interval_s: float = 0.02
+    interval_s: float | None = None
     plan: str | None = None
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
             raise BadInput("no command: write it after --, like memopt profile -- python train.py")
-        if not 0.001 <= self.interval_s <= 60:
+        if self.interval_s is not None and not 0.001 <= self.interval_s <= 60:
             raise BadInput(f"--interval {self.interval_s:g}: write seconds from 0.001 to 60")
         if self.on_over not in ("warn", "stop"):
             raise BadInput(f"--on-over {self.on_over}: write warn or stop")
