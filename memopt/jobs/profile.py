@@ -38,8 +38,9 @@ class ProfileConfig:
 
     `ssd_write`: what the command and all it starts may write to drives. `watch`: directories whose files are the SSD
     tier. `report`: where to save the report. `enforce`: the kernel holds the command to `dram` (it kills what does not
-    fit). `on_over`: `warn` says so on stderr, `stop` ends the command too. `interval_s`: between samples; None: as `Session` sees fit. `plan`: a
-    plan saved as JSON to compare with; `tolerance`: the share of the predicted bytes a measured peak may be off.
+    fit). `on_over`: `warn` says so on stderr, `stop` ends the command too. `interval_s`: between samples; None: as
+    `Session` sees fit. `plan`: a plan saved as JSON to compare with; `tolerance`: the share of the predicted bytes a
+    measured peak may be off.
     """
 
     command: tuple[str, ...]

@@ -68,11 +68,12 @@ class _Process:
         """Find out what is shared; the proportional bytes a budget counts, or None when the kernel will not say."""
         self.known = True
         # before the walk: what the process takes while it lasts must not look like something shared
-        alive = self.read() and self.memory.hwm_bytes > 0
+        self.read()
         shares = proportional_memory(self.pid)
         if shares is None:
             self.twice = (0, 0, 0)
-            return None if alive else 0
+            # either it has just ended, then it has nothing, or we may not ask
+            return None if self.read() and self.memory.hwm_bytes > 0 else 0
         memory = self.memory
         self.twice = (
             max(0, shares.undivided_anon_bytes - shares.anon_bytes),
