@@ -8,7 +8,14 @@ import time
 from dataclasses import dataclass, field
 
 from memopt.profiler.pace import Pace
-from memopt.profiler.samplers import ProcessMemory, descendants, parse_status, process_io, proportional_memory
+from memopt.profiler.samplers import (
+    ProcessMemory,
+    descendants,
+    parse_status,
+    process_io,
+    process_memory,
+    proportional_memory,
+)
 
 _LIST_EVERY_S = 0.2
 _YOUNG_S = 0.5  # a short job has begotten and lost its children before the usual time to list them
@@ -17,6 +24,7 @@ _PROPORTIONAL_EVERY_S = 1.0
 # A change of the tree makes the old shares wrong, so asking may then cost one part in 20 of the time instead of 400.
 _CHANGED_SHARE = 20
 _READ_EACH_TIME = 4
+_KEPT_OPEN = 64
 _STATUS_BYTES = 4096  # the file is about 1.5 KB
 
 
@@ -43,26 +51,29 @@ class TreeMemory:
 
 @dataclass(slots=True)
 class _Process:
-    """One process of the tree. `status` stays open, so that a reused process id is never taken for it.
+    """One process of the tree. `status` stays open, so that a reused process id is never taken for it; it is None for
+    the many of a large tree, where open files would run out.
 
     `twice`: what its own numbers hold of pages that are shared and counted elsewhere (anon, shmem, file).
     `known`: its shares have been asked for; until then a newcomer, most likely a fork, counts nothing.
     """
 
     pid: int
-    status: int
+    status: int | None
     memory: ProcessMemory = field(default_factory=ProcessMemory)
     twice: tuple[int, int, int] = (0, 0, 0)
     known: bool = False
 
     def read(self) -> bool:
         """Refresh `memory`; False when the process is gone. A zombie reads as zeros."""
-        try:
-            self.memory = parse_status(os.pread(self.status, _STATUS_BYTES, 0))
-        except OSError:
-            self.memory = ProcessMemory()
-            return False
-        return True
+        found = None
+        if self.status is None:
+            found = process_memory(self.pid)
+        else:
+            with contextlib.suppress(OSError):
+                found = parse_status(os.pread(self.status, _STATUS_BYTES, 0))
+        self.memory = found or ProcessMemory()
+        return found is not None
 
     def ask_shares(self) -> int | None:
         """Find out what is shared; the proportional bytes a budget counts, or None when the kernel will not say."""
@@ -97,7 +108,7 @@ class _Process:
         )
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        if self.status is not None:
             os.close(self.status)
 
 
@@ -163,13 +174,23 @@ class TreeSampler:
         self._tree.clear()
 
     def _list_tree(self) -> None:
-        for pid in [*([self._root] if self._counts_root else []), *descendants(self._root)]:
+        pids = [*([self._root] if self._counts_root else []), *descendants(self._root)]
+        for pid in pids:
             if pid not in self._tree and pid not in self._strangers:
-                with contextlib.suppress(OSError):
-                    process = _Process(pid, os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC))
+                process = _Process(pid, self._open(pid))
+                if process.read():
                     self._tree[pid] = process
                     self._changed = True
-                    process.read()
+                else:
+                    process.close()
+        listed = set(pids)
+        self._drop([each for each in self._tree.values() if each.status is None and each.pid not in listed])
+
+    def _open(self, pid: int) -> int | None:
+        kept = sum(each.status is not None for each in self._tree.values())
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC) if kept < _KEPT_OPEN else None
+        return None
 
     def _read(self, now: float, all_of_them: bool) -> None:
         processes = list(self._tree.values())
@@ -179,6 +200,9 @@ class TreeSampler:
         else:
             processes.sort(key=lambda process: -process.memory.charged_bytes)
             gone = [process for process in processes[:_READ_EACH_TIME] if not process.read()]
+        self._drop(gone)
+
+    def _drop(self, gone: list[_Process]) -> None:
         for process in gone:
             process.close()
             del self._tree[process.pid]
