@@ -31,7 +31,7 @@ _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
 # than the sample itself, because it takes the interpreter's lock away from the computing thread.
 _USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
 # Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
-_COST_SHARE = 110
+_COST_SHARE = 125
 _COST_NEW = 0.1
 _EDGES_FREE_S, _EDGES_SHARE = 0.05, 200
 _JOURNAL_POINTS = 6
