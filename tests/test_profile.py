@@ -271,7 +271,7 @@ def test_options_after_the_command_are_the_commands(capfd: pytest.CaptureFixture
 
 
 def test_a_command_whose_numbers_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user's process: status can be read, smaps and io cannot."""
+    """Another user's process: status can be read, smaps and io cannot; then what forks share counts for each."""
     monkeypatch.setattr(tree_sampler, "proportional_memory", lambda pid: None)
     monkeypatch.setattr(tree_sampler, "process_io", lambda pid: None)
     code = "import subprocess, sys; held = bytearray(b'1') * (96 << 20); subprocess.run(['sleep', '0.5'])"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,40 @@ def test_a_large_tree_keeps_few_files_open(monkeypatch: pytest.MonkeyPatch) -> N
     assert sampler.sample(fresh=True).charged_bytes == 0
     assert sampler.pids() == []
     sampler.close()
+
+
+def test_a_child_in_its_parents_own_memory_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # vfork, and the child waits before it would exec: the parent stands still meanwhile
+    code = (
+        "import ctypes, mmap, sys\nx = bytearray(b'1') * (64 << 20)\nlibc = ctypes.PyDLL(None)\n"
+        "print('ready', flush=True); sys.stdin.read(1)\n"
+        "libc.vfork.restype = ctypes.c_int\nif libc.vfork() == 0:\n    libc.sleep(30)\n    libc._exit(0)\n"
+        "import os\nos._exit(0)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        sampler = TreeSampler(child.pid)
+        alone = sampler.sample(fresh=True).charged_bytes
+        child.stdin.write(b"x")
+        child.stdin.flush()
+        while not (begotten := samplers.descendants(child.pid)):
+            assert child.poll() is None
+        assert samplers.share_memory(begotten[0], child.pid)
+        assert not samplers.share_memory(os.getpid(), child.pid)
+        both = sampler.sample(fresh=True).charged_bytes
+        assert len(sampler.pids()) == 2
+        monkeypatch.setattr(samplers, "_KCMP", {})
+        assert samplers.share_memory(begotten[0], child.pid), "by their numbers"
+        assert not samplers.share_memory(os.getpid(), child.pid)
+        sampler.close()
+        for pid in (begotten[0], child.pid):  # neither may go on: the child has used the parent's stack
+            os.kill(pid, signal.SIGKILL)
+    assert alone > 64 * MiB
+    assert abs(both - alone) < SLACK
 
 
 def test_resident_bytes_counts_blocks_once(tmp_path: Path) -> None:

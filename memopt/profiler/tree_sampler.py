@@ -11,10 +11,12 @@ from memopt.profiler.pace import Pace
 from memopt.profiler.samplers import (
     ProcessMemory,
     descendants,
+    parent_of,
     parse_status,
     process_io,
     process_memory,
     proportional_memory,
+    share_memory,
 )
 
 _LIST_EVERY_S = 0.2
@@ -60,6 +62,7 @@ class _Process:
 
     pid: int
     status: int | None
+    parent: int | None = None
     memory: ProcessMemory = field(default_factory=ProcessMemory)
     twice: tuple[int, int, int] = (0, 0, 0)
     known: bool = False
@@ -177,7 +180,7 @@ class TreeSampler:
         pids = [*([self._root] if self._counts_root else []), *descendants(self._root)]
         for pid in pids:
             if pid not in self._tree and pid not in self._strangers:
-                process = _Process(pid, self._open(pid))
+                process = _Process(pid, self._open(pid), parent_of(pid))
                 if process.read():
                     self._tree[pid] = process
                     self._changed = True
@@ -210,7 +213,7 @@ class TreeSampler:
 
     def _share_out(self, now: float, fresh: bool) -> None:
         """Find out what is counted in more than one process. Alone, a process owns all it has."""
-        living = [process for process in self._tree.values() if process.memory.hwm_bytes > 0]
+        living = [each for each in self._tree.values() if each.memory.hwm_bytes > 0 and not self._is_before_exec(each)]
         if len(living) <= 1:
             for process in living:
                 process.twice, process.known = (0, 0, 0), True
@@ -224,6 +227,11 @@ class TreeSampler:
                 found = [process.ask_shares() for process in living]
             told = [nbytes for nbytes in found if nbytes is not None]
             self._proportional = sum(told) if len(told) == len(found) else None
+
+    def _is_before_exec(self, process: _Process) -> bool:
+        """Whether a newcomer still runs in its parent's own memory."""
+        parent = process.parent
+        return not process.known and parent in self._tree and share_memory(process.pid, parent)
 
     def _total(self) -> TreeMemory:
         processes = [process for process in self._tree.values() if process.known]
