@@ -29,7 +29,8 @@ from memopt.units import format_bytes, format_s
 OnOver = Literal["warn", "stop"]
 EXIT_OVER, EXIT_BAD, EXIT_MISSED = 1, 2, 3
 _GRACE_S = 10.0
-_SHORT_S = 0.25
+SHORT_S = 1.0
+"""Below this a report says that a sampled peak can be low."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ class _Run:
 
     def _notes(self, measured: Measured, journal: Journal | None) -> list[str]:
         notes = []
-        if measured.wall_s < _SHORT_S:
+        if measured.wall_s < SHORT_S:
             notes.append(
                 f"the command lasted {format_s(measured.wall_s)}: a sampled peak can be low, the kernel's mark cannot"
             )
