@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def inside(loop: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row(loop, name, rounds[name], rounds["nobody"], cost[name]) for name in rounds if name != "nobody"]
 
 
-def outside(loop: str, args: argparse.Namespace) -> dict[str, Any]:
+def outside(loop: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The loop as a command, alone and under `memopt profile`."""
     command = [sys.executable, "-m", "benchmarks.profiler_overhead", "--child", loop]
     command += ["--seconds", str(args.seconds * 2), "--threads", str(args.threads), "--seed", str(args.seed)]
@@ -128,7 +129,7 @@ def outside(loop: str, args: argparse.Namespace) -> dict[str, Any]:
             assert seen.overhead is not None
             cost.append((seen.overhead.cpu_s / seen.wall_s, seen.overhead.samples / seen.wall_s))
             say(f"{loop}, outside: round {number_ + 1} of {args.rounds}")
-    return row(loop, "memopt profile", watched, alone, cost)
+    return [row(loop, "memopt profile", watched, alone, cost)]
 
 
 def row(
@@ -165,8 +166,8 @@ def cells(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
@@ -181,8 +182,8 @@ def main() -> None:
         return
     table = Table("profiler_overhead", COLUMNS, machine_facts(Path.cwd(), args.seed, None), record=args.record)
     missed = []
-    for loop in LOOPS:
-        for found in [*inside(loop, args), outside(loop, args)]:
+    for loop, side in itertools.product(LOOPS, (inside, outside)):
+        for found in side(loop, args):
             table.add(found, cells(found))
             if found["wall_ratio"] > LIMIT_WALL or found["core_share"] > LIMIT_CORE:
                 missed.append(f"{loop}, {found['watched_by']}")

@@ -35,7 +35,10 @@ def _profile(
     report: Annotated[str | None, typer.Option(metavar="FILE.json", help="Save the report here.")] = None,
     enforce: Annotated[bool, typer.Option(help="The kernel holds the command to --dram (memory cgroup).")] = False,
     on_over: Annotated[str, typer.Option(metavar="warn|stop", help="What to do when a budget is passed.")] = "warn",
-    interval: Annotated[float, typer.Option(help="Seconds between samples.")] = 0.02,
+    interval: Annotated[
+        float | None,
+        typer.Option(help="Seconds between samples. Default: 0.02 while memory grows, up to 0.1.", show_default=False),
+    ] = None,
     plan: Annotated[str | None, typer.Option(metavar="FILE.json", help="A saved plan to compare with.")] = None,
     tolerance: Annotated[
         str | None, typer.Option(help="Leave with 3 when a measured peak is off the plan's by more (10%).")

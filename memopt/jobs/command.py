@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memopt.errors import BadInput
-from memopt.profiler.samplers import descendants
+from memopt.profiler.samplers import descendants, process_memory
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -165,9 +165,8 @@ def _subreaper(on: bool) -> bool:
 
 
 def _own_high_water_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = process_memory()
+    return 0 if own is None else own.hwm_bytes
 
 
 def _signal_name(number: int) -> str:

@@ -29,7 +29,8 @@ from memopt.units import format_bytes, format_s
 OnOver = Literal["warn", "stop"]
 EXIT_OVER, EXIT_BAD, EXIT_MISSED = 1, 2, 3
 _GRACE_S = 10.0
-_SHORT_S = 0.25
+SHORT_S = 1.0
+"""Below this a report says that a sampled peak can be low."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,9 @@ class ProfileConfig:
 
     `ssd_write`: what the command and all it starts may write to drives. `watch`: directories whose files are the SSD
     tier. `report`: where to save the report. `enforce`: the kernel holds the command to `dram` (it kills what does not
-    fit). `on_over`: `warn` says so on stderr, `stop` ends the command too. `interval_s`: between samples. `plan`: a
-    plan saved as JSON to compare with; `tolerance`: the share of the predicted bytes a measured peak may be off.
+    fit). `on_over`: `warn` says so on stderr, `stop` ends the command too. `interval_s`: between samples; None: as
+    `Session` sees fit. `plan`: a plan saved as JSON to compare with; `tolerance`: the share of the predicted bytes a
+    measured peak may be off.
     """
 
     command: tuple[str, ...]
@@ -51,14 +53,14 @@ class ProfileConfig:
     report: str | None = None
     enforce: bool = False
     on_over: OnOver = "warn"
-    interval_s: float = 0.02
+    interval_s: float | None = None
     plan: str | None = None
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
             raise BadInput("no command: write it after --, like memopt profile -- python train.py")
-        if not 0.001 <= self.interval_s <= 60:
+        if self.interval_s is not None and not 0.001 <= self.interval_s <= 60:
             raise BadInput(f"--interval {self.interval_s:g}: write seconds from 0.001 to 60")
         if self.on_over not in ("warn", "stop"):
             raise BadInput(f"--on-over {self.on_over}: write warn or stop")
@@ -234,7 +236,7 @@ class _Run:
 
     def _notes(self, measured: Measured, journal: Journal | None) -> list[str]:
         notes = []
-        if measured.wall_s < _SHORT_S:
+        if measured.wall_s < SHORT_S:
             notes.append(
                 f"the command lasted {format_s(measured.wall_s)}: a sampled peak can be low, the kernel's mark cannot"
             )

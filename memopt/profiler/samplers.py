@@ -11,6 +11,7 @@ Which number answers which question (proc(5)):
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import stat
@@ -72,6 +73,11 @@ _FIELDS = {
 }
 
 
+_PARENT = re.compile(rb"^PPid:\s+(\d+)$", re.MULTILINE)
+# syscall numbers of kcmp(2): the tables of the kernel for x86, and asm-generic
+_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}
+_KCMP_VM = 1
+
 # The order kernels have written these lines in since 4.5; one search costs half of what a loop over the lines does.
 _USUAL = re.compile(
     rb"VmLck:\s+(\d+) kB\nVmPin:\s+(\d+) kB\nVmHWM:\s+(\d+) kB\nVmRSS:[^\n]*\n"
@@ -119,6 +125,28 @@ def proportional_memory(pid: int | str = "self", root: Path = _ROOT) -> Proporti
         values = {row[0]: int(row[1]) * 1024 for row in rows if len(row) == 3}
         return ProportionalMemory(values["Anonymous:"], values["Pss_Anon:"], values["Pss_Shmem:"], values["Pss_File:"])
     return None
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started this one, or adopted it; None when it is gone."""
+    with contextlib.suppress(OSError):
+        found = _PARENT.search(Path(f"/proc/{pid}/status").read_bytes())
+        return None if found is None else int(found[1])
+    return None
+
+
+def share_memory(first: int, second: int) -> bool:
+    """Whether two processes have one and the same memory, as after vfork(2) until exec: then each one's numbers, shares
+    divided or not, are all of it. Where kcmp(2) may not be asked, equal numbers say so."""
+    number = _KCMP.get(os.uname().machine)
+    if number is not None:
+        order = ctypes.CDLL(None, use_errno=True).syscall(number, first, second, _KCMP_VM, 0, 0)
+        if order >= 0:
+            return bool(order == 0)
+    mine, other = process_memory(first), process_memory(second)
+    if mine is None or other is None or mine.hwm_bytes == 0:
+        return False
+    return mine.hwm_bytes == other.hwm_bytes and abs(mine.anon_bytes - other.anon_bytes) <= other.anon_bytes // 100
 
 
 def descendants(pid: int | None = None) -> list[int]:

@@ -27,10 +27,13 @@ from memopt.tiers import Tier
 _PHASES_KEPT = 1000
 # A short job is over before the usual interval has passed a few times: begin fast, slow down with every sample.
 _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
+# Once memory has stopped growing, the usual interval is longer: a thread of Python that wakes up costs the program more
+# than the sample itself, because it takes the interpreter's lock away from the computing thread.
+_USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
 # Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
-_COST_SHARE = 110
+_COST_SHARE = 125
 _COST_NEW = 0.1
-_EDGES_FREE_S = 0.05
+_EDGES_FREE_S, _EDGES_SHARE = 0.05, 200
 _JOURNAL_POINTS = 6
 
 
@@ -48,9 +51,10 @@ class Session:
     """Samples between `start` and `stop`; a context manager; used once.
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
-    once per crossing, in the sampling thread. `interval_s`: between samples (shorter at first, longer where sampling
-    would take more than one hundredth of a core); the tree is listed five times a second. A peak shorter than that can
-    be missed, which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and
+    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where
+    sampling would take more than one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier has
+    grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed, which
+    is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and
     category whose the bytes are now; called in the sampling thread and at the ends of phases, along the time line and
     when a peak grows, so it must be quick and thread-safe; its error ends the session. `attributed_by` names it in the
     report.
@@ -63,7 +67,7 @@ class Session:
     def __init__(
         self,
         *,
-        interval_s: float = 0.02,
+        interval_s: float | None = None,
         watch: Iterable[str | Path] = (),
         limit_bytes: int | None = None,
         on_over: Callable[[int, int], None] | None = None,
@@ -75,10 +79,11 @@ class Session:
         unified: bool = False,
         journal: JournalWriter | None = None,
     ) -> None:
-        if interval_s <= 0:
+        if interval_s is not None and interval_s <= 0:
             raise ValueError(f"interval_s = {interval_s}; must be more than zero")
-        self._interval_s = interval_s
-        self._pause_s = min(_FIRST_PAUSE_S, interval_s)
+        self._interval_s = _USUAL_S if interval_s is None else interval_s
+        self._calm_times = _CALM_TIMES if interval_s is None else 1
+        self._pause_s = min(_FIRST_PAUSE_S, self._interval_s)
         self._open_readers = partial(
             Readers, root_pid=root_pid, adopted=adopted, watch=list(watch), group=group, unified=unified
         )
@@ -163,7 +168,7 @@ class Session:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
-        part in 100 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
+        part in 200 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
         takes the latest one.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
@@ -196,7 +201,7 @@ class Session:
 
     def _edge(self, begun: _Begun) -> tuple[int, int]:
         """Sample at an end of a phase where that is affordable; the traffic so far."""
-        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _COST_SHARE:
+        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _EDGES_SHARE:
             cpu = time.thread_time()
             self._tick()
             with self._lock:
@@ -205,9 +210,10 @@ class Session:
         return begun.edge_io
 
     def _next_pause(self) -> float:
-        self._pause_s = max(
-            min(self._interval_s, self._pause_s * _PAUSE_GROWS), self._seen.tick_cost_s * (_COST_SHARE - 1)
-        )
+        calm = self._seen.last.t_s - self._seen.grew_s > _CALM_AFTER_S
+        longest_s = self._interval_s * (self._calm_times if calm else 1)
+        dearest_s = self._seen.tick_cost_s * (_COST_SHARE - 1)
+        self._pause_s = max(min(longest_s, self._pause_s * _PAUSE_GROWS), dearest_s)
         return self._pause_s
 
     def _tick(self, *, fresh: bool = False) -> None:
@@ -299,6 +305,8 @@ class _Seen:
         self.open: list[OpenPhase] = []
         self.thinner = Thinner()
         self.since_journal = Thinner(_JOURNAL_POINTS) if journaled else None
+        self.grew_s = 0.0
+        self._grown: dict[Tier, float] = {}
         self.samples = 0
         self.cost_s = 0.0
         self.tick_cost_s = self._spent_s = 0.0
@@ -310,6 +318,10 @@ class _Seen:
         if risen:
             kinds = readers.kinds()
             self.kinds.update({tier: kinds[tier] for tier in risen if tier in kinds})
+        for tier in risen:
+            now = point.bytes_of(tier) or 0
+            if now > _GROWTH * self._grown.get(tier, 0.0):
+                self._grown[tier], self.grew_s = now, point.t_s
         for opened in self.open:
             opened.peaks.see(point, asked=asked)
         self.thinner.add(point)

@@ -8,7 +8,16 @@ import time
 from dataclasses import dataclass, field
 
 from memopt.profiler.pace import Pace
-from memopt.profiler.samplers import ProcessMemory, descendants, parse_status, process_io, proportional_memory
+from memopt.profiler.samplers import (
+    ProcessMemory,
+    descendants,
+    parent_of,
+    parse_status,
+    process_io,
+    process_memory,
+    proportional_memory,
+    share_memory,
+)
 
 _LIST_EVERY_S = 0.2
 _YOUNG_S = 0.5  # a short job has begotten and lost its children before the usual time to list them
@@ -17,6 +26,7 @@ _PROPORTIONAL_EVERY_S = 1.0
 # A change of the tree makes the old shares wrong, so asking may then cost one part in 20 of the time instead of 400.
 _CHANGED_SHARE = 20
 _READ_EACH_TIME = 4
+_KEPT_OPEN = 64
 _STATUS_BYTES = 4096  # the file is about 1.5 KB
 
 
@@ -43,36 +53,41 @@ class TreeMemory:
 
 @dataclass(slots=True)
 class _Process:
-    """One process of the tree. `status` stays open, so that a reused process id is never taken for it.
+    """One process of the tree. `status` stays open, so that a reused process id is never taken for it; it is None for
+    the many of a large tree, where open files would run out.
 
     `twice`: what its own numbers hold of pages that are shared and counted elsewhere (anon, shmem, file).
     `known`: its shares have been asked for; until then a newcomer, most likely a fork, counts nothing.
     """
 
     pid: int
-    status: int
+    status: int | None
+    parent: int | None = None
     memory: ProcessMemory = field(default_factory=ProcessMemory)
     twice: tuple[int, int, int] = (0, 0, 0)
     known: bool = False
 
     def read(self) -> bool:
         """Refresh `memory`; False when the process is gone. A zombie reads as zeros."""
-        try:
-            self.memory = parse_status(os.pread(self.status, _STATUS_BYTES, 0))
-        except OSError:
-            self.memory = ProcessMemory()
-            return False
-        return True
+        found = None
+        if self.status is None:
+            found = process_memory(self.pid)
+        else:
+            with contextlib.suppress(OSError):
+                found = parse_status(os.pread(self.status, _STATUS_BYTES, 0))
+        self.memory = found or ProcessMemory()
+        return found is not None
 
     def ask_shares(self) -> int | None:
         """Find out what is shared; the proportional bytes a budget counts, or None when the kernel will not say."""
         self.known = True
         # before the walk: what the process takes while it lasts must not look like something shared
-        alive = self.read() and self.memory.hwm_bytes > 0
+        self.read()
         shares = proportional_memory(self.pid)
         if shares is None:
             self.twice = (0, 0, 0)
-            return None if alive else 0
+            # either it has just ended, then it has nothing, or we may not ask
+            return None if self.read() and self.memory.hwm_bytes > 0 else 0
         memory = self.memory
         self.twice = (
             max(0, shares.undivided_anon_bytes - shares.anon_bytes),
@@ -96,7 +111,7 @@ class _Process:
         )
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        if self.status is not None:
             os.close(self.status)
 
 
@@ -162,13 +177,23 @@ class TreeSampler:
         self._tree.clear()
 
     def _list_tree(self) -> None:
-        for pid in [*([self._root] if self._counts_root else []), *descendants(self._root)]:
+        pids = [*([self._root] if self._counts_root else []), *descendants(self._root)]
+        for pid in pids:
             if pid not in self._tree and pid not in self._strangers:
-                with contextlib.suppress(OSError):
-                    process = _Process(pid, os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC))
+                process = _Process(pid, self._open(pid), parent_of(pid))
+                if process.read():
                     self._tree[pid] = process
                     self._changed = True
-                    process.read()
+                else:
+                    process.close()
+        listed = set(pids)
+        self._drop([each for each in self._tree.values() if each.status is None and each.pid not in listed])
+
+    def _open(self, pid: int) -> int | None:
+        kept = sum(each.status is not None for each in self._tree.values())
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC) if kept < _KEPT_OPEN else None
+        return None
 
     def _read(self, now: float, all_of_them: bool) -> None:
         processes = list(self._tree.values())
@@ -178,6 +203,9 @@ class TreeSampler:
         else:
             processes.sort(key=lambda process: -process.memory.charged_bytes)
             gone = [process for process in processes[:_READ_EACH_TIME] if not process.read()]
+        self._drop(gone)
+
+    def _drop(self, gone: list[_Process]) -> None:
         for process in gone:
             process.close()
             del self._tree[process.pid]
@@ -185,7 +213,7 @@ class TreeSampler:
 
     def _share_out(self, now: float, fresh: bool) -> None:
         """Find out what is counted in more than one process. Alone, a process owns all it has."""
-        living = [process for process in self._tree.values() if process.memory.hwm_bytes > 0]
+        living = [each for each in self._tree.values() if each.memory.hwm_bytes > 0 and not self._is_before_exec(each)]
         if len(living) <= 1:
             for process in living:
                 process.twice, process.known = (0, 0, 0), True
@@ -199,6 +227,11 @@ class TreeSampler:
                 found = [process.ask_shares() for process in living]
             told = [nbytes for nbytes in found if nbytes is not None]
             self._proportional = sum(told) if len(told) == len(found) else None
+
+    def _is_before_exec(self, process: _Process) -> bool:
+        """Whether a newcomer still runs in its parent's own memory."""
+        parent = process.parent
+        return not process.known and parent in self._tree and share_memory(process.pid, parent)
 
     def _total(self) -> TreeMemory:
         processes = [process for process in self._tree.values() if process.known]
