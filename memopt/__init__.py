@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from memopt.jobs.optimizer import attach_optimizer, build_optimizer
     from memopt.ledger import Ledger
     from memopt.machine import Machine
+    from memopt.patches.hf_profiler import ProfilerCallback
+    from memopt.profiler.program import Profiler
     from memopt.report_types import Report
 
 try:
@@ -28,6 +30,8 @@ _HOME = {
     "FinetuneConfig": "memopt.jobs.config",
     "Ledger": "memopt.ledger",
     "Machine": "memopt.machine",
+    "Profiler": "memopt.profiler.program",
+    "ProfilerCallback": "memopt.patches.hf_profiler",
     "Report": "memopt.report_types",
     "attach_optimizer": "memopt.jobs.optimizer",
     "build_optimizer": "memopt.jobs.optimizer",
@@ -39,6 +43,8 @@ __all__ = [
     "FinetuneConfig",
     "Ledger",
     "Machine",
+    "Profiler",
+    "ProfilerCallback",
     "Report",
     "__version__",
     "attach_optimizer",

@@ -9,7 +9,7 @@ from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.plan_types import Prediction
 from memopt.profiler.assemble import IoTotals, Story, assemble
-from memopt.profiler.session import Measured
+from memopt.profiler.measured import Measured
 from memopt.report_types import Report
 from memopt.tiers import Category, Tier
 
