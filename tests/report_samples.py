@@ -85,7 +85,7 @@ def full_report() -> Report:
     ]
     return Report(
         memopt="0.1.0",
-        command=["memopt", "profile", "--gpu", "12GiB", "--", "python", "train.py", "--name", "</script><b>x</b>"],
+        command=["memopt", "profile", "--gpu", "10GiB", "--", "python", "train.py", "--name", "</script><b>x</b>"],
         started="2026-01-02T03:04:05.678901+00:00",
         wall_s=20.0,
         machine=Machine(
@@ -94,7 +94,7 @@ def full_report() -> Report:
         verdict="over",
         tiers=Tiers(gpu=_full_gpu(max(gpu)), dram=_full_dram(max(dram), max(pinned)), ssd=_full_ssd()),
         io=IoUse(waited_s=1.5, busy_s=4.0, read_per_s=0.75 * GiB, write_per_s=0.5 * GiB, achieved_per_s=1.25 * GiB),
-        phases=[_phase("load", 0.0, 2.0, 5 * GiB, 6 * GiB), *steps, _phase("save", 19.6, 20.0, 7 * GiB, 7 * GiB)],
+        phases=[_phase("load", 0.0, 2.0, 5 * GiB, 6 * GiB), *steps, _phase("save", 19.9, 20.0, 7 * GiB, 7 * GiB)],
         timeline=Timeline(
             t_s=seconds,
             gpu_bytes=list(gpu),
