@@ -6,6 +6,7 @@ import base64
 import functools
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -138,8 +139,9 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            got = os.read(self._read, 1 << 20)
-            assert got, "the browser has gone"
+            ready, _, _ = select.select([self._read], [], [], DEADLINE_S)
+            got = os.read(self._read, 1 << 20) if ready else b""
+            assert got, "the browser has gone, or says nothing any more"
             self._rest += got
         message, _, self._rest = self._rest.partition(b"\0")
         answer: dict[str, Any] = json.loads(message)

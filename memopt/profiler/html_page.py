@@ -199,7 +199,9 @@ def _time_line(report: Report, panels: Sequence[Panel]) -> str:
     if report.phases:
         parts.append('<div class="panel" data-panel="phases"></div>')
     for number, panel in enumerate(panels):
-        parts.append(f'<h3>{panel.tier}</h3><div class="panel" data-panel="{number}"></div>')
+        parts.append(
+            f'<div class="tier-chart"><h3>{panel.tier}</h3><div class="panel" data-panel="{number}"></div></div>'
+        )
     return f'<section class="long"><h2>Over time</h2>{"".join(parts)}</section>'
 
 
@@ -257,7 +259,10 @@ def _table_section(grid: Grid) -> str:
 
 
 def _pairs_section(title: str, pairs: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f"<dt>{_text(subject)}</dt><dd>{_text(text)}</dd>" for subject, text in pairs)
+    items, last = "", ""
+    for subject, text in pairs:
+        items += ("" if subject == last else f"<dt>{_text(subject)}</dt>") + f"<dd>{_text(text)}</dd>"
+        last = subject
     return f"<section><h2>{title}</h2><dl>{items}</dl></section>" if items else ""
 
 

@@ -105,7 +105,7 @@
 
   function phaseChart(place, width) {
     const options = {
-      ...common(width, lanes * LANE + 10, false),
+      ...common(width, lanes * LANE + 16, false),
       legend: { show: false },
       axes: [{ ...timeAxis(false), grid: { show: false } }, { size: AXIS, stroke: ink("--soft"), grid: { show: false }, ticks: { show: false }, values: (u, found) => found.map(() => "") }],
       series: [{}, { show: true, points: { show: false } }],
