@@ -251,7 +251,7 @@ def test_pointing_at_a_chart_reads_all_of_them(browser: Browser, page: Path) -> 
     assert words.split() == ["·", "step", "›", "forward"]
     legends = browser.value("[...document.querySelectorAll('.u-legend')].map(e => e.textContent)")
     assert len(legends) == 3
-    assert "weights4.00 GiB" in legends[0] and "activations1.40 GiB" in legends[0] and "other700.00 MiB" in legends[0]
+    assert "weights4.00 GiB" in legends[0] and "activations2.80 GiB" in legends[0] and "other700.00 MiB" in legends[0]
     assert "buffers4.50 GiB" in legends[1]
     assert "measured12.00 GiB" in legends[2]
 
