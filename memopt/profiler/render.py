@@ -7,6 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memopt.profiler.compare import Comparison
 from memopt.profiler.render_grids import (
     Grid,
     category_grids,
@@ -113,3 +114,15 @@ def _bar(use: TierUse, share_text: str, plain: bool) -> Text:
     bar.append(empty * (_BAR_CELLS - filled), style="dim")
     bar.append(f" {share_text}", style="none")
     return bar
+
+
+def render_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print what grew to `console` (default: stdout)."""
+    console = console or Console()
+    headline = Text(comparison.verdict(), style="bold red" if comparison.over else "bold green")
+    notes = _pairs([("note", note) for note in comparison.notes])
+    table = grid_table(comparison.grid(), plain=not console.is_terminal)
+    parts: list[RenderableType] = [headline, Text(""), table]
+    if notes is not None:
+        parts += [Text(""), notes]
+    console.print(Group(*parts))
