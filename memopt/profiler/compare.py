@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from memopt.profiler.render_grids import NONE, Grid, bytes_text, categories_of, percent, tiers_of
+from memopt.profiler.render_grids import NONE, Grid, bytes_text, categories_of, in_order, percent, tiers_of
 from memopt.report_types import Phase, Report, SsdUse, TierUse
-from memopt.tiers import Tier
+from memopt.tiers import Category, Tier
 from memopt.units import MiB, format_bytes, format_s, parse_bytes
 
 # one page here or there, or a thread's arena, is no growth; allocators hand out memory in steps of about this size
@@ -136,7 +136,10 @@ def _tiers(base: Report, now: Report, tolerance: Tolerance) -> Iterator[Change]:
         if one is None or two is None or one.attributed_by != two.attributed_by:
             continue
         categories = [{name: measured for name, _, measured in categories_of(use)} for use in (one, two)]
-        for name in {**categories[0], **categories[1]}:
+        names = [*{**categories[0], **categories[1]}]
+        if names == [str(Category.OTHER)]:
+            continue  # nothing was attributed: it would be the tier once more
+        for name in names:
             held = [each.get(name, 0) for each in categories]
             yield _change(f"{tier} {name}", held[0], held[1], tolerance, of=peaks[0])
 
@@ -150,7 +153,7 @@ def _phases(base: Report, now: Report, tolerance: Tolerance) -> Iterator[Change]
 
 def _phase_peaks(phases: list[Phase]) -> dict[tuple[str, Tier], int]:
     peaks: dict[tuple[str, Tier], int] = {}
-    for phase in phases:
+    for phase in in_order(phases):
         for tier, nbytes in ((Tier.GPU, phase.gpu_peak_bytes), (Tier.DRAM, phase.dram_peak_bytes)):
             if nbytes is not None:
                 peaks[phase.name, tier] = max(peaks.get((phase.name, tier), 0), nbytes)

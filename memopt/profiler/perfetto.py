@@ -16,6 +16,7 @@ from typing import Any
 
 from memopt import atomic
 from memopt.errors import BadInput
+from memopt.profiler.render_grids import in_order
 from memopt.profiler.render_series import panels_of
 from memopt.report_types import Phase, Report
 
@@ -117,7 +118,7 @@ def _counter(name: str, process: int, ts: float, nbytes: int) -> dict[str, Any]:
 def _slices(phases: list[Phase], process: int, at: Any) -> Iterator[dict[str, Any]]:
     """Slices of one thread have to nest; a phase that only overlaps another one goes to the next thread."""
     lanes: list[list[Phase]] = []
-    for phase in sorted(phases, key=lambda phase: (phase.start_s, -phase.end_s)):
+    for phase in in_order(phases):
         lane = next((k for k, open_ in enumerate(lanes) if _nests(open_, phase)), len(lanes))
         if lane == len(lanes):
             lanes.append([])

@@ -130,10 +130,15 @@ def category_grids(report: Report) -> Iterator[Grid]:
         yield Grid(title=f"{tier} at its peak", columns=columns, rows=tuple(rows)).trimmed()
 
 
+def in_order(phases: list[Phase]) -> list[Phase]:
+    """By start, an outer phase before those inside it; a session appends a phase when it ends."""
+    return sorted(phases, key=lambda phase: (phase.start_s, -phase.end_s))
+
+
 def phase_grid(report: Report) -> Grid | None:
     """Phases of one name added up, in order of appearance; None without phases."""
     groups: dict[str, list[Phase]] = {}
-    for phase in report.phases:
+    for phase in in_order(report.phases):
         groups.setdefault(phase.name, []).append(phase)
     if not groups:
         return None
