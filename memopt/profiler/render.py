@@ -108,7 +108,8 @@ def _bar(use: TierUse, share_text: str, plain: bool) -> Text:
     if not use.budget_bytes or use.peak_bytes is None:
         return Text(share_text)
     share = use.peak_bytes / use.budget_bytes
-    filled = min(_BAR_CELLS, round(share * _BAR_CELLS))
+    # rounded down: only what reaches its budget fills the bar
+    filled = min(_BAR_CELLS, int(share * _BAR_CELLS))
     full, empty = ("#", ".") if plain else ("█", "░")
     bar = Text(full * filled, style="red" if share > 1 else "green")
     bar.append(empty * (_BAR_CELLS - filled), style="dim")

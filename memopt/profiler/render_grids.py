@@ -254,6 +254,9 @@ def _child(child: ChildUse) -> str:
 def _attribution(use: TierUse) -> Iterator[str]:
     if use.charged_peak_bytes:
         yield f"{format_bytes(use.charged_peak_bytes)} charged to memopt's ledger at the most"
+    named = any(nbytes for name, nbytes in use.at_peak.items() if name != Category.OTHER)
+    if use.attributed_by is None and use.peak_bytes and not named and not isinstance(use, SsdUse):
+        yield "nobody said what the bytes were: all is other"
     if use.attributed_by == "torch":
         yield "categories by torch's own modules, optimizers and allocator; the rest is other"
     if use.kinds_at_peak:

@@ -17,7 +17,7 @@
     while (Math.abs(n) >= 1024 && unit < UNITS.length - 1) { n /= 1024; unit++; }
     return (unit === 0 ? String(n) : n.toFixed(digits)) + " " + UNITS[unit];
   }
-  const tick = (n) => bytes(n, 1).replace(/\.0 /, " ");
+  const tick = (n) => bytes(n).replace(/\.?0+ (?=[KMGTP])/, " ");
   const seconds = (t) => t >= 120 ? Math.floor(t / 60) + " min " + (t % 60).toFixed(0).padStart(2, "0") + " s" : +t.toFixed(3) + " s";
 
   // steps of an axis of bytes: 1, 2, 4, ... 512 of each unit, so that no tick says 953.67 MiB
