@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def load_trace(path: str | Path) -> dict[str, Any]:
 
 
 def _events(report: Report, *, process: int, shift_us: float) -> Iterator[dict[str, Any]]:
-    def at(seconds: float) -> float:
-        return round(seconds * 1e6 + shift_us, 3)
+    def at(seconds: float) -> int:
+        # whole microseconds stay exact in a reader's doubles, so that slices that nest here nest there
+        return round(seconds * 1e6 + shift_us)
 
     yield {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": _PROCESS}}
     # above the threads of torch.profiler
@@ -111,11 +112,11 @@ def _events(report: Report, *, process: int, shift_us: float) -> Iterator[dict[s
                 yield _counter(f"{panel.tier} {name}", process, at(report.wall_s), level)
 
 
-def _counter(name: str, process: int, ts: float, nbytes: int) -> dict[str, Any]:
+def _counter(name: str, process: int, ts: int, nbytes: int) -> dict[str, Any]:
     return {"ph": "C", "name": name, "pid": process, "ts": ts, "args": {"bytes": nbytes}}
 
 
-def _slices(phases: list[Phase], process: int, at: Any) -> Iterator[dict[str, Any]]:
+def _slices(phases: list[Phase], process: int, at: Callable[[float], int]) -> Iterator[dict[str, Any]]:
     """Slices of one thread have to nest; a phase that only overlaps another one goes to the next thread."""
     lanes: list[list[Phase]] = []
     for phase in in_order(phases):
@@ -133,7 +134,7 @@ def _slices(phases: list[Phase], process: int, at: Any) -> Iterator[dict[str, An
             "pid": process,
             "tid": lane + 1,
             "ts": start,
-            "dur": round(at(phase.end_s) - start, 3),
+            "dur": at(phase.end_s) - start,
             "args": _numbers(phase),
         }
 
