@@ -26,7 +26,8 @@ def tables(text: str) -> list[list[list[str]]]:
 def test_the_verdict_stands_first_and_the_rest_is_folded() -> None:
     text = report_markdown(full_report())
     first, rest = text.split("<details>", 1)
-    assert first.startswith("### ❌ memopt: OVER BUDGET\n\ngpu peaked at 10.18 GiB, 188.00 MiB over its 10.00 GiB.\n")
+    assert first.startswith("### ❌ memopt: OVER BUDGET\n\ngpu peaked at 10.18 GiB, 188.00 MiB over its 10.00 GiB; ")
+    assert "the job itself failed (SIGKILL).\n" in first
     assert len(first.splitlines()) < 15
     assert rest.rstrip().endswith("</details>")
     assert report_markdown(sample_report()).startswith("### ✅ memopt: within budget\n")

@@ -37,6 +37,14 @@ def test_a_kill_by_the_kernel_is_the_verdict() -> None:
     assert "the kernel killed 2 process(es)" in render_text(counted).splitlines()[0]
 
 
+def test_a_job_that_failed_within_its_budget_is_told_apart() -> None:
+    failed = dataclasses.replace(sample_report(), child=ChildUse(exit_code=3))
+    first = render_text(failed).splitlines()[0]
+    assert first == "within budget: dram 960.00 MiB of 1.00 GiB; the job itself failed (exit code 3)"
+    done = dataclasses.replace(sample_report(), child=ChildUse(exit_code=0))
+    assert "failed" not in render_text(done)
+
+
 def test_a_tier_shows_budget_prediction_peak_error_and_verdict() -> None:
     text = render_text(sample_report())
     assert row(text, "dram  ") == "dram 1.00 GiB 900.00 MiB 960.00 MiB -6.2% #########. 94% within"

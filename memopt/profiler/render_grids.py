@@ -41,10 +41,21 @@ def verdict_words(report: Report) -> str:
 
 
 def verdict_reason(report: Report) -> str:
-    """What the verdict rests on, in one line: who killed the job, the tiers that are over, else all with a budget."""
+    """What the verdict rests on, in one line: who killed the job, the tiers that are over, else all with a budget.
+
+    That the job itself failed stands there too: a job that ended early may have kept its budget by that.
+    """
     child = report.child
     if child is not None and child.killed_for_memory:
         return f"the kernel killed the job for memory ({child.evidence or 'its own count went up'})"
+    reason = _budget_reason(report)
+    if child is not None and child.exit_code != 0:
+        failed = f"the job itself failed ({child.signal or f'exit code {child.exit_code}'})"
+        return f"{reason}; {failed}" if reason else failed
+    return reason
+
+
+def _budget_reason(report: Report) -> str:
     told = [(tier, use, use.peak_bytes, use.budget_bytes) for tier, use in tiers_of(report)]
     over = [
         f"{tier} peaked at {format_bytes(peak)}, {format_bytes(peak - budget)} over its {format_bytes(budget)}"
