@@ -201,6 +201,15 @@ INK = """[...document.querySelectorAll('.panel canvas')].map(c => {
   const all = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0;
   for (let i = 3; i < all.length; i += 4) n += all[i] > 0; return n / (c.width * c.height); })"""
 
+# the share of a tier's chart that has just the colour of each category
+AREAS = """(panel => { const canvas = document.querySelector(`[data-panel="${panel}"] canvas`), found = {};
+  const all = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  for (const name of ['weights', 'gradients', 'optimizer', 'activations', 'buffers', 'other']) {
+    const hex = getComputedStyle(document.documentElement).getPropertyValue('--c-' + name).trim();
+    const [r, g, b] = [1, 3, 5].map(k => parseInt(hex.slice(k, k + 2), 16)); let n = 0;
+    for (let i = 0; i < all.length; i += 4) n += all[i] === r && all[i + 1] === g && all[i + 2] === b;
+    found[name] = n * 4 / all.length; } return found; })"""
+
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (400, False), (400, True)])
@@ -213,7 +222,10 @@ def test_the_page_is_drawn_without_a_word_on_the_console_or_the_network(
     assert browser.troubles == []
     assert browser.asked == [page.as_uri()]
     assert len(inked) == 4, "phases and three tiers"
-    assert min(inked) > 0.02
+    assert min(inked) > 0.3
+    areas = browser.value(f"{AREAS}(0)")
+    assert [name for name, share in areas.items() if share > 0.01] == ["weights", "optimizer", "activations", "other"]
+    assert [name for name, share in browser.value(f"{AREAS}(1)").items() if share > 0.01] == ["buffers", "other"]
     shown, brightness = colours(picture)
     assert shown > 30
     assert brightness < 0.3 if dark else brightness > 0.8
