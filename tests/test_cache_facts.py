@@ -132,9 +132,9 @@ def test_working_memory_of_a_later_chunk_of_the_prompt(family: str) -> None:
 
     model = real_model(family)
     job = job_of(
-        read_cache_facts(config_of(family), "float32"), batch=2, prompt_tokens=160, new_tokens=1, prefill_chunk=64
+        read_cache_facts(config_of(family), "float32"), batch=2, prompt_tokens=192, new_tokens=1, prefill_chunk=64
     )
-    ids = torch.randint(2, 101, (2, 160), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, 101, (2, 192), generator=torch.Generator().manual_seed(1))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for start, end in ((0, 64), (64, 128)):
@@ -148,7 +148,7 @@ def test_working_memory_of_a_later_chunk_of_the_prompt(family: str) -> None:
     # the caches of all layers are made anew in this chunk, which the tracer counts: old ones were there before it
     activations = live.peak - before - grown
     assert prefill.use["dram"]["kv_cache"] == before + grown
-    print(family, activations, prefill.use["dram"]["activations"])
+    assert activations * 0.97 <= prefill.use["dram"]["activations"] <= activations * 1.3
 
 
 def test_bfloat16_takes_less_than_float32() -> None:

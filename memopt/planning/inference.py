@@ -255,7 +255,10 @@ def _working(job: InferenceJob, chunk: int, length: int) -> int:
     """Of the model's body. Where a mask is needed, sdpa takes no grouped heads (transformers' use_gqa_in_sdpa): keys
     and values are repeated for every query head."""
     plain = max(0, job.cache.transient.at(job.batch, chunk))
-    if not job.cache.fused or chunk == 1 or not _needs_mask(job, chunk, length):
+    if not job.cache.fused:  # the matrix of scores is square in the trace, and longer where chunks went before
+        square = job.cache.transient.c[4] + job.batch * job.cache.transient.c[5]
+        return plain + round(square * chunk * (length - chunk))
+    if chunk == 1 or not _needs_mask(job, chunk, length):
         return plain
     # traced with as many keys as queries: earlier chunks make mask and repeated heads longer
     mask = job.batch * chunk * (length + (length - chunk) * job.itemsize)
