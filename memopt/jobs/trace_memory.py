@@ -25,9 +25,10 @@ from memopt.patches.hf_masks import whole_sequences
 from memopt.patches.hf_model import HFLayeredModel
 from memopt.planning.training_types import Curve, Moment, Pass, Segment, Variant
 
-_BATCHES = (1, 2)
+_BATCHES = (2, 3)
 _LENGTHS = (64, 128, 192)
-"""Multiples of 64: no kernel pads them. A polynomial of second degree needs three lengths and two batches."""
+"""Multiples of 64: no kernel pads them; and two sequences at least: of one alone some copies are not made. A polynomial
+of second degree needs three lengths and two batches."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,9 @@ def _fake_state(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
                 if id(buffer) not in made:
                     on_meta = buffer.is_meta
                     made[id(buffer)] = (
-                        torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu") if on_meta else mode.from_tensor(buffer)
+                        torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+                        if on_meta
+                        else mode.from_tensor(buffer)
                     )
                 before.append((child._buffers, key, buffer))
     for holder, key, old in before:
