@@ -143,6 +143,8 @@ class ModelFacts:
     """
 
     source: str
+    key: str
+    """Which configuration these are the facts of."""
     architecture: str
     parameters: tuple[ParameterFact, ...]
     layers: int
@@ -228,6 +230,8 @@ class TrainingJob:
     save_every: int | None = None
     pretrained: bool = True
     """Weights are loaded from safetensors; else drawn."""
+    packed: bool = False
+    """Documents are packed, with positions that begin anew: memopt's own engine makes masks that keep them apart."""
     budget: Budget = Budget()
     """What memopt's own engine places by; without limits everything is in DRAM."""
     machine: Machine | None = None
