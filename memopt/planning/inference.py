@@ -15,6 +15,7 @@ from memopt.planning.inference_types import (
     Quantised,
     thin_layer,
 )
+from memopt.planning.timing import Overlap, Work
 from memopt.planning.training_types import ParameterFact
 from memopt.tiers import Category, Tier
 
@@ -35,19 +36,6 @@ _OFFLOAD_SLOTS = 2
 """Blocks on the GPU together while the next one is copied."""
 _FLASH_RECORD = 4096
 """Bytes that a neuron's record is padded to: what a drive reads at the least."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a stretch of a job asks of a machine. `memory_bytes`: read from the computing device's own memory."""
-
-    flops: int
-    memory_bytes: int
-    to_device_bytes: int = 0
-    from_device_bytes: int = 0
-    ssd_read_bytes: int = 0
-    ssd_write_bytes: int = 0
-    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +132,15 @@ def prefill_work(job: InferenceJob) -> Work:
     weights = weight_bytes(job)
     passes = -(-job.prompt_tokens // (job.prefill_chunk or job.prompt_tokens))
     cached = cache_bytes(job, job.prompt_tokens)
+    to_device, read = _moved(job, weights, passes, dense=True)
     return Work(
         # a token attends to half of the prompt on average; only the last one needs logits
         flops=_matrix_flops(job, head=False) * tokens + _attention_flops(job, job.prompt_tokens // 2) * tokens,
         memory_bytes=passes * weights.resident + passes * cached // 2,
         tokens=tokens,
-        **_moved(job, weights, passes, dense=True),
+        overlap=_overlap(job),
+        to_device_bytes=to_device,
+        ssd_read_bytes=read,
     )
 
 
@@ -160,13 +151,16 @@ def decode_work(job: InferenceJob) -> Work:
     table = sum(parameter_bytes(p, job) for p in job.facts.parameters if p.role == Role.EMBEDDING and not p.tied)
     active = round(job.cache.active_share * _expert_bytes(job)) - _expert_bytes(job)
     cached = cache_bytes(job, length, new_tokens=job.new_tokens // 2)
+    to_device, read = _moved(job, weights, 1, dense=False)
     # appending copies the cache: written once, read once more
     copied = cached if job.kv is None else 2 * _dense_bytes(job, length)
     return Work(
         flops=(_matrix_flops(job, head=True) + _attention_flops(job, length)) * job.batch,
         memory_bytes=max(0, weights.resident - table + min(0, active)) + cached + 2 * copied,
         tokens=job.batch,
-        **_moved(job, weights, 1, dense=False),
+        overlap=_overlap(job),
+        to_device_bytes=to_device,
+        ssd_read_bytes=read,
     )
 
 
@@ -297,15 +291,19 @@ def _expert_bytes(job: InferenceJob) -> int:
     return sum(parameter_bytes(p, job) for p in job.facts.parameters if p.role == Role.EXPERT)
 
 
-def _moved(job: InferenceJob, weights: WeightBytes, passes: int, *, dense: bool) -> dict[str, int]:
-    """Bytes between the tiers in `passes` forwards."""
+def _moved(job: InferenceJob, weights: WeightBytes, passes: int, *, dense: bool) -> tuple[int, int]:
+    """Bytes to the device, and read from the SSD, in `passes` forwards."""
     if job.engine == "cpu-offload":
-        return {"to_device_bytes": passes * weights.streamed}
+        return passes * weights.streamed, 0
     if job.engine == "memory":
-        return {}
-    share = 1.0 if dense else job.flash_fresh
-    read = round(passes * share * weights.ssd)
-    return {"ssd_read_bytes": read, "to_device_bytes": read if job.device == "cuda" else 0}
+        return 0, 0
+    read = round(passes * (1.0 if dense else job.flash_fresh) * weights.ssd)
+    return (read if job.device == "cuda" else 0), read
+
+
+def _overlap(job: InferenceJob) -> Overlap:
+    """A block is copied when its turn comes, and a neuron is read when it is known to be needed: nothing waits less."""
+    return "all" if job.engine == "memory" else "none"
 
 
 def _by_layer(job: InferenceJob, wanted: Callable[[ParameterFact], bool]) -> dict[int, int]:
