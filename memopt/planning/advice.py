@@ -1,0 +1,320 @@
+"""What could be done about a forecast: every knob is turned and the job planned again, so that a saving is a difference
+of two plans. Pure, but for the planning it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from memopt.errors import BadInput
+from memopt.forecast_types import Forecast, Suggestion
+from memopt.plan_types import Infeasible
+from memopt.planning.forecasts import peak, shortages
+from memopt.planning.inference_types import InferenceJob, thin_layer
+from memopt.planning.training_types import TrainingJob
+from memopt.tiers import Tier
+
+J = TypeVar("J")
+
+_LEAST_SHARE = 200
+"""A saving below one part in 200 of the peak is no advice."""
+_KEY_KEEP = 0.6
+"""ThinK's published setting (lambda 0.4)."""
+_LORA_RANK = 8
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob(Generic[J]):
+    """A flag (or what makes it of the changed job), what it does to a job (None: it does not apply), and whether the
+    job's numbers stay the same."""
+
+    flag: str | Callable[[J], str]
+    text: str
+    turn: Callable[[J], J | None]
+    same_result: bool = True
+
+    def words(self, changed: J) -> str:
+        """The flag as a person types it."""
+        return self.flag if isinstance(self.flag, str) else self.flag(changed)
+
+
+def advise(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]) -> Forecast:
+    """The forecast with suggestions, and with the smallest sufficient budgets when it does not fit.
+
+    `plan` may raise BadInput or Infeasible for a knob that cannot be turned; that knob is left out.
+    """
+    tier = binding_tier(now)
+    found: list[tuple[Suggestion, Forecast]] = []
+    for knob in knobs:
+        changed = _turned(job, knob, plan)
+        if changed is None:
+            continue
+        after = changed[1]
+        saved = peak(now, tier) - peak(after, tier)
+        if saved * _LEAST_SHARE < peak(now, tier):
+            continue
+        suggestion = Suggestion(
+            flag=knob.words(changed[0]),
+            text=knob.text,
+            tier=tier,
+            saved_bytes=saved,
+            slow_down=_slow_down(now, after),
+            same_result=knob.same_result,
+            enough=now.verdict == "does not fit" and after.verdict == "fits",
+        )
+        found.append((suggestion, after))
+    found.sort(key=lambda pair: _rank(pair[0]))
+    advised = replace(now, suggestions=tuple(suggestion for suggestion, _ in found))
+    if now.verdict != "does not fit":
+        return advised
+    if found and found[0][0].enough:
+        suggestion, after = found[0]
+        return replace(advised, smallest=_needs(now, after), smallest_flags=(suggestion.flag,))
+    return _with_smallest(job, advised, knobs, plan)
+
+
+def binding_tier(forecast: Forecast) -> Tier:
+    """The tier that lacks most; or the fullest one; or without budgets the one the job computes on."""
+    if short := shortages(forecast):
+        return max(short, key=lambda tier: short[tier])
+    shares = {tier: peak(forecast, tier) / forecast.budgets[tier] for tier in Tier if forecast.budgets.get(tier)}
+    if shares:
+        return max(shares, key=lambda tier: shares[tier])
+    return Tier.GPU if peak(forecast, Tier.GPU) else Tier.DRAM
+
+
+def _rank(suggestion: Suggestion) -> tuple[bool, bool, float, int]:
+    """What is enough alone first, by what it costs; then by what is saved."""
+    if suggestion.enough:
+        return False, not suggestion.same_result, suggestion.slow_down or 1.0, -suggestion.saved_bytes
+    return True, False, 0.0, -suggestion.saved_bytes
+
+
+def _turned(job: J, knob: Knob[J], plan: Callable[[J], Forecast]) -> tuple[J, Forecast] | None:
+    try:
+        changed = knob.turn(job)
+        return None if changed is None else (changed, plan(changed))
+    except (BadInput, Infeasible):
+        return None
+
+
+def _with_smallest(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]) -> Forecast:
+    """Turn knobs one after the other, those that keep the result first, until the job fits or none is left.
+
+    A knob stays turned when it lessens what is missing; one that turns out not to be needed is turned back.
+    """
+    best, used = _turn_all(job, now, sorted(knobs, key=lambda knob: not knob.same_result), plan)
+    if best.verdict == "fits":
+        for knob in [knob for knob, _ in used][:-1]:
+            fewer = [other for other, _ in used if other is not knob]
+            tried, left = _turn_all(job, now, fewer, plan)
+            if tried.verdict == "fits":
+                best, used = tried, left
+    # by the first word: --weights int4 takes the place of --weights int8
+    flags = {words.split()[0]: words for _, words in used}
+    return replace(now, smallest=_needs(now, best), smallest_flags=tuple(flags.values()))
+
+
+def _turn_all(
+    job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]
+) -> tuple[Forecast, list[tuple[Knob[J], str]]]:
+    """The forecast with all knobs turned that lessen what is missing, until it fits; and those knobs with their flags."""
+    best = now
+    used: list[tuple[Knob[J], str]] = []
+    for knob in knobs:
+        if best.verdict == "fits":
+            break
+        changed = _turned(job, knob, plan)
+        if changed is not None and _missing(changed[1]) < _missing(best):
+            job, best = changed
+            used.append((knob, knob.words(job)))
+    return best, used
+
+
+def _needs(now: Forecast, after: Forecast) -> dict[str, int]:
+    """What the tiers that are short now need afterwards, and those that are then."""
+    return {str(tier): peak(after, tier) for tier in Tier if tier in shortages(now) or tier in shortages(after)}
+
+
+def _missing(forecast: Forecast) -> int:
+    return sum(shortages(forecast).values())
+
+
+def _slow_down(now: Forecast, after: Forecast) -> float | None:
+    """Seconds per token over today's."""
+    if now.time is None or after.time is None or not now.time.tokens_per_s or not after.time.tokens_per_s:
+        return None
+    return now.time.tokens_per_s / after.time.tokens_per_s
+
+
+def training_knobs() -> tuple[Knob[TrainingJob], ...]:
+    """What memopt and a Trainer can do about training memory, the gentle ones first."""
+    return (
+        Knob(
+            flag="--gradient-checkpointing",
+            text="recompute activations in the backward pass",
+            turn=lambda job: (
+                None
+                if job.gradient_checkpointing or job.engine in _STREAMING
+                else replace(job, gradient_checkpointing=True)
+            ),
+        ),
+        Knob(
+            flag=lambda job: f"--batch-size 1 --grad-accum {job.grad_accum}",
+            text="the same batch in micro-batches of one sequence",
+            turn=lambda job: (
+                replace(job, batch_size=1, grad_accum=job.grad_accum * job.batch_size) if job.batch_size > 1 else None
+            ),
+        ),
+        Knob(
+            flag="--attention sdpa",
+            text="attention without matrices of scores",
+            turn=lambda job: replace(job, attention="sdpa") if job.attention == "eager" else None,
+        ),
+        Knob(
+            flag="--engine cpu-offload",
+            text="memopt streams the blocks from DRAM",
+            turn=lambda job: (
+                replace(job, engine="cpu-offload") if job.engine == "memory" and job.device == "cuda" else None
+            ),
+        ),
+        Knob(
+            flag="--engine ssd",
+            text="memopt keeps on the SSD what does not fit in DRAM",
+            turn=lambda job: replace(job, engine="ssd") if job.engine in ("memory", "cpu-offload") else None,
+        ),
+        Knob(
+            flag="--optimizer adamw8bit",
+            text="8-bit moments",
+            turn=lambda job: _optimizer(job, "adamw8bit") if job.optimizer == "adamw" else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--optimizer muon8bit",
+            text="one 8-bit momentum for matrices",
+            turn=lambda job: _optimizer(job, "muon8bit") if job.optimizer in ("adamw", "adamw8bit", "muon") else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--optimizer galore8bit",
+            text="8-bit moments of low-rank gradients",
+            turn=lambda job: _optimizer(job, "galore8bit") if job.optimizer != "galore8bit" else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--optim-state-dtype bfloat16",
+            text="the optimizer's state in bfloat16, rounded stochastically",
+            turn=lambda job: (
+                None
+                if job.optimizer.endswith("8bit") or "state_dtype" in job.optimizer_options
+                else _option(job, "state_dtype", "bfloat16")
+            ),
+            same_result=False,
+        ),
+        Knob(
+            flag="--dtype bfloat16",
+            text="weights and gradients in bfloat16",
+            turn=lambda job: (
+                replace(job, weights_dtype="bfloat16", autocast=None)
+                if job.weights_dtype == "float32" and job.engine not in _STREAMING
+                else None
+            ),
+            same_result=False,
+        ),
+        Knob(
+            flag=lambda job: f"--seq-len {job.seq_len}",
+            text="half the sequence length",
+            turn=lambda job: replace(job, seq_len=job.seq_len // 2) if job.seq_len >= 256 else None,
+            same_result=False,
+        ),
+        Knob(
+            flag=f"--lora-rank {_LORA_RANK}",
+            text="adapters instead of all weights",
+            turn=lambda job: replace(job, method="lora", lora_rank=_LORA_RANK) if job.method == "full" else None,
+            same_result=False,
+        ),
+    )
+
+
+def inference_knobs() -> tuple[Knob[InferenceJob], ...]:
+    """What memopt and transformers can do about the memory of generation, the gentle ones first."""
+    return (
+        Knob(
+            flag=f"--prefill-chunk {_CHUNK}",
+            text="read the prompt in pieces",
+            turn=lambda job: (
+                replace(job, prefill_chunk=_CHUNK) if job.prompt_tokens > _CHUNK and job.prefill_chunk is None else None
+            ),
+        ),
+        Knob(
+            flag="--batch-size 1",
+            text="one sequence after the other",
+            turn=lambda job: replace(job, batch=1) if job.batch > 1 else None,
+        ),
+        Knob(
+            flag="--engine cpu-offload",
+            text="blocks wait in DRAM and are copied to the GPU",
+            turn=lambda job: (
+                replace(job, engine="cpu-offload") if job.engine == "memory" and job.device == "cuda" else None
+            ),
+        ),
+        Knob(
+            flag=f"--key-keep {_KEY_KEEP}",
+            text="ThinK: leave out the key channels that matter least",
+            turn=lambda job: (
+                replace(job, key_keep=_KEY_KEEP)
+                if job.key_keep == 1 and any(thin_layer(layer) for layer in job.cache.layers)
+                else None
+            ),
+            same_result=False,
+        ),
+        Knob(
+            flag="--kv-dtype int8",
+            text="the cache in 8 bits",
+            turn=lambda job: replace(job, kv="int8") if job.kv is None else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--weights int8",
+            text="the blocks' matrices in 8 bits",
+            turn=lambda job: replace(job, weights="int8") if job.weights is None else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--weights int4",
+            text="the blocks' matrices in 4 bits",
+            turn=lambda job: replace(job, weights="int4") if job.weights != "int4" else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--flash",
+            text="feed-forward weights on the SSD, the neurons in use in memory",
+            turn=lambda job: replace(job, engine="flash") if job.engine == "memory" and job.weights is None else None,
+            same_result=False,
+        ),
+        Knob(
+            flag="--kv-dtype int4",
+            text="the cache in 4 bits",
+            turn=lambda job: replace(job, kv="int4") if job.kv != "int4" else None,
+            same_result=False,
+        ),
+        Knob(
+            flag=lambda job: f"--seq-len {job.prompt_tokens}",
+            text="half the prompt",
+            turn=lambda job: replace(job, prompt_tokens=job.prompt_tokens // 2) if job.prompt_tokens >= 256 else None,
+            same_result=False,
+        ),
+    )
+
+
+_STREAMING = ("cpu-offload", "ssd")
+
+
+def _optimizer(job: TrainingJob, name: str) -> TrainingJob:
+    return replace(job, optimizer=name, implementation="memopt")
+
+
+def _option(job: TrainingJob, name: str, value: str) -> TrainingJob:
+    return replace(job, optimizer_options={**job.optimizer_options, name: value}, implementation="memopt")
