@@ -120,7 +120,7 @@ def _with_smallest(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callab
 def _turn_all(
     job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]
 ) -> tuple[Forecast, list[tuple[Knob[J], str]]]:
-    """The forecast with all knobs turned that lessen what is missing, until it fits; and those knobs with their flags."""
+    """The forecast with all knobs turned that lessen what is missing, until it fits; those knobs with their flags."""
     best = now
     used: list[tuple[Knob[J], str]] = []
     for knob in knobs:

@@ -215,9 +215,12 @@ def _inference_assumptions(job: InferenceJob, machine: Machine, time: StepTime |
 
 
 def _machine_assumptions(machine: Machine, device: Literal["cpu", "cuda"], time: StepTime | None) -> tuple[str, ...]:
-    name = f"{machine.name}, " + ("its numbers assumed" if machine.assumed else "its numbers as found")
     if time is None:
-        return (name, "seconds unknown: the machine has no " + ", ".join(missing_speeds(machine, device=device)))
+        missing = missing_speeds(machine, device=device)
+        if len(missing) == len(missing_speeds(Machine(name="nothing known"), device=device)):
+            return (f"{machine.name}: seconds not known",)
+        return (f"{machine.name}: seconds not known without {', '.join(missing)}",)
+    name = f"{machine.name}, " + ("its numbers assumed" if machine.assumed else "its numbers as measured")
     return (name, f"products at {MATRIX_SHARE:.0%} of the machine's rate")
 
 

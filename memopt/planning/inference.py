@@ -185,10 +185,10 @@ def _layer_bytes(job: InferenceJob, layer: CacheLayer, tokens: int, new_tokens: 
     rows = job.batch * layer.kv_heads
     kept, whole = layer.key_dim, held
     index = 0
-    if job.key_keep < 1 and thin_layer(layer):
+    if job.key_keep < 1 and thin_layer(layer) and job.prompt_tokens > RECENT_TOKENS:
         kept = kept_channels(layer.key_dim, job.key_keep)
-        # the prompt's last tokens and what was generated keep all channels
-        whole = min(held, RECENT_TOKENS + new_tokens)
+        # the prompt's last tokens and what was generated keep all channels, but for blocks that were quantised
+        whole = min(held, RECENT_TOKENS + (new_tokens if job.kv is None else min(new_tokens, _CACHE_RESIDUAL)))
         index = rows * layer.key_dim * _INDEX_BYTES
     thin = held * (kept + layer.value_dim)
     suffix = whole * (layer.key_dim - kept)
