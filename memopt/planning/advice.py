@@ -25,7 +25,7 @@ _LORA_RANK = 8
 _CHUNK = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # slots: a generic class of Python 3.11 cannot be made with them
 class Knob(Generic[J]):
     """A flag (or what makes it of the changed job), what it does to a job (None: it does not apply), and whether the
     job's numbers stay the same."""
@@ -123,13 +123,17 @@ def _turn_all(
     """The forecast with all knobs turned that lessen what is missing, until it fits; those knobs with their flags."""
     best = now
     used: list[tuple[Knob[J], str]] = []
-    for knob in knobs:
-        if best.verdict == "fits":
-            break
-        changed = _turned(job, knob, plan)
-        if changed is not None and _missing(changed[1]) < _missing(best):
-            job, best = changed
-            used.append((knob, knob.words(job)))
+    before = -1
+    while best.verdict != "fits" and len(used) > before:
+        # once more over the others: another phase may bind now
+        before = len(used)
+        for knob in [knob for knob in knobs if all(knob is not other for other, _ in used)]:
+            changed = _turned(job, knob, plan)
+            if changed is not None and _missing(changed[1]) < _missing(best):
+                job, best = changed
+                used.append((knob, knob.words(job)))
+            if best.verdict == "fits":
+                break
     return best, used
 
 
