@@ -47,10 +47,10 @@ def test_every_saving_is_the_difference_of_two_plans() -> None:
 
 def test_what_changes_results_says_so() -> None:
     same = {suggestion.flag: suggestion.same_result for suggestion in advised(generation(**JOB)).suggestions}
-    assert same["--prefill-chunk 512"]
     assert same["--batch-size 1"]
-    assert not same["--key-keep 0.6"]
+    assert same["--engine cpu-offload"]
     assert not same["--kv-dtype int8"]
+    assert not same["--weights int4"]
     assert not same["--seq-len 2000"]
 
 

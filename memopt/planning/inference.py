@@ -105,10 +105,14 @@ def quantised_bytes(shape: tuple[int, ...], kind: Quantised) -> int:
 def inference_phases(job: InferenceJob) -> tuple[PhaseForecast, ...]:
     """Bytes per tier and category at the peak of load, prefill and decode."""
     weights = weight_bytes(job)
-    largest = max((p.numel for p in job.facts.parameters), default=0)
+    converted = (
+        p.numel * job.itemsize
+        for p in job.facts.parameters
+        if p.dtype != job.dtype or parameter_bytes(p, job) != p.numel * job.itemsize
+    )
     chunk = min(job.prefill_chunk or job.prompt_tokens, job.prompt_tokens)
     # a tensor that is converted or quantised is there twice for a moment
-    load = {Category.WEIGHTS: weights.resident, Category.BUFFERS: largest * job.itemsize}
+    load = {Category.WEIGHTS: weights.resident, Category.BUFFERS: max(converted, default=0)}
     prefill = {
         Category.WEIGHTS: weights.resident,
         Category.BUFFERS: weights.slot,
