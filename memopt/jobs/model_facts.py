@@ -82,11 +82,10 @@ def prepare(job: TrainingJob) -> TrainingJob:
     Cheap when it is there already. Call it again after `replace` of any field. Raises BadInput.
     """
     facts = job.facts
-    if job.engine in ("cpu-offload", "ssd"):
-        return replace(job, offload=offload_job(job, _config(facts)))
     if all(trace.variant != job.variant for trace in facts.traces):
         facts = replace(facts, traces=(*facts.traces, _trace(facts, job.variant)))
-    return replace(job, facts=facts, offload=None)
+    engine = job.engine in ("cpu-offload", "ssd")
+    return replace(job, facts=facts, offload=offload_job(job, _config(facts)) if engine else None)
 
 
 def measure_runtime() -> int:

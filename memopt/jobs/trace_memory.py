@@ -66,8 +66,8 @@ def trace_step(module: nn.Module, variant: Variant, window: int | None) -> Trace
             except Exception as error:  # data-dependent code: anything may be raised
                 line = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise BadInput(
-                    f"{type(module).__name__} cannot be followed without values ({type(error).__name__}: {line[:200]}); "
-                    "measure a short run with memopt profile instead"
+                    f"{type(module).__name__} cannot be followed without values "
+                    f"({type(error).__name__}: {line[:150]}); measure a short run with memopt profile"
                 ) from error
     fit = _Fit(_BATCHES, lengths)
     passes = [fit.whole([run[number] for run in runs], len(chosen)) for number in (0, 1)]
@@ -140,6 +140,12 @@ class _Live(LiveBytes):
         self.segments: list[_Samples] = []
         self._start = (0, 0)
         self._moments: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # a model that looks at a number draws one to drop a layer (OPT): one is never below a probability
+            return bool(1) if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _watch(self, key: int, t: torch.Tensor) -> None:
         super()._watch(key, t)

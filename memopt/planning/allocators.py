@@ -1,0 +1,3 @@
+from __future__ import annotations
+def placed(job, name, by_category):
+    return {}
