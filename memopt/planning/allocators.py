@@ -1,3 +1,5 @@
 from __future__ import annotations
+
+
 def placed(job, name, by_category):
     return {}
