@@ -34,6 +34,8 @@ class Knob(Generic[J]):
     text: str
     turn: Callable[[J], J | None]
     same_result: bool = True
+    last_resort: bool = False
+    """Turned only when the job does not fit: it makes another job of it, and costs seconds to plan."""
 
     def words(self, changed: J) -> str:
         """The flag as a person types it."""
@@ -48,7 +50,7 @@ def advise(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], 
     tier = binding_tier(now)
     found: list[tuple[Suggestion, Forecast]] = []
     for knob in knobs:
-        changed = _turned(job, knob, plan)
+        changed = None if knob.last_resort and now.verdict != "does not fit" else _turned(job, knob, plan)
         if changed is None:
             continue
         after = changed[1]
@@ -238,6 +240,7 @@ def training_knobs() -> tuple[Knob[TrainingJob], ...]:
             text="adapters instead of all weights",
             turn=lambda job: replace(job, method="lora", lora_rank=_LORA_RANK) if job.method == "full" else None,
             same_result=False,
+            last_resort=True,
         ),
     )
 
