@@ -143,8 +143,8 @@ class _Live(LiveBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            # a model that looks at a number draws one to drop a layer (OPT): one is never below a probability
-            return bool(1) if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            # a model that looks at a value has drawn it to drop a layer with some probability (OPT): it is not dropped
+            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _watch(self, key: int, t: torch.Tensor) -> None:
