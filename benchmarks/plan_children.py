@@ -105,7 +105,11 @@ def train(case: dict[str, Any], model: str, steps: int, save: bool) -> dict[str,
         with watch.phase("save"), tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
             network.save_pretrained(directory)
     watch.close()
-    return {"started_bytes": started, "phases": watch.peaks, "tensors": _tensors(network, optimizer, forward, micro, case)}
+    return {
+        "started_bytes": started,
+        "phases": watch.peaks,
+        "tensors": _tensors(network, optimizer, forward, micro, case),
+    }
 
 
 def _optimizer(network: Any, trained: Any, case: dict[str, Any]) -> Any:
