@@ -10,7 +10,8 @@ from memopt.units import MiB
 
 WORK_BYTES = 11 * MiB
 """What a process grows by in its first steps besides tensors: products' packing buffers, autograd's graph, the loop's
-own objects. Measured with malloc's thresholds fixed: 8 to 12 MiB over full, LoRA, checkpointed, Muon and foreach runs."""
+own objects. With malloc's thresholds fixed 8 to 12 MiB were measured in full, LoRA, checkpointed, Muon and foreach
+runs."""
 CUDA_HOST_BYTES = 1024 * MiB
 """Host memory of the CUDA libraries and a context; assumed, not measured here."""
 _CUDA_ROUND = 512

@@ -17,7 +17,7 @@ Use = dict[Tier, dict[Category, int]]
 
 def planned(job: TrainingJob) -> Plan:
     """The plan. Raises Infeasible with the smallest sufficient budget, BadInput when the job was not prepared."""
-    return plan_finetune(_own(job), job.budget, job.machine or Machine())
+    return plan_finetune(_own(job), job.budget, job.machine or Machine(name="any machine"))
 
 
 def phases(job: TrainingJob) -> dict[str, Use]:
@@ -30,7 +30,7 @@ def phases(job: TrainingJob) -> dict[str, Use]:
         if files:
             whole[Tier.SSD] = files
     found = {name: whole for name in ("forward", "backward", "optimizer")}
-    idle = {tier: {c: n for c, n in by.items() if c != Category.ACTIVATIONS} for tier, by in whole.items()}
+    idle: Use = {tier: {**by, Category.ACTIVATIONS: 0} for tier, by in whole.items()}
     found["load"] = idle
     if job.save:
         found["save"] = idle
