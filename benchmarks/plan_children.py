@@ -61,7 +61,6 @@ def train(case: dict[str, Any], model: str, steps: int, save: bool) -> dict[str,
     """A plain loop over random tokens: loaded from safetensors, clipped, saved."""
     import torch
     import transformers  # noqa: F401
-    import transformers.trainer
     from transformers import AutoModelForCausalLM
 
     memory = process_memory()

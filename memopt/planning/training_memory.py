@@ -32,8 +32,30 @@ class Peaks:
 
 def phases(job: TrainingJob) -> dict[str, Use]:
     """Bytes per phase, tier and category. The first step has no states yet and is never the worst."""
-    tensors = tensor_phases(job)
-    return {name: allocators.placed(job, name, by_category) for name, by_category in tensors.items()}
+    weights = job.facts.trace(job.variant).parameters
+    found: dict[str, Use] = {}
+    for name, by_category in tensor_phases(job).items():
+        if job.device == "cuda":
+            host = held_bytes(weights)[0] if name == "save" else 0
+            found[name] = allocators.on_cuda(job, by_category, host)
+        else:
+            found[name] = allocators.on_cpu(job, {**by_category, Category.WEIGHTS: _anonymous(job, name)})
+    return found
+
+
+def _anonymous(job: TrainingJob, phase: str) -> int:
+    """Weights that are no clean pages of the checkpoint's files: transformers maps those and copies nothing until they
+    are written to, if they are stored in the type they are wanted in."""
+    trace = job.facts.trace(job.variant)
+    mapped = {p.name for p in job.facts.parameters if job.pretrained and p.dtype == job.weights_dtype}
+    if job.facts.checkpoint_bytes is None:
+        mapped = set()
+    clean = 0
+    for p in trace.parameters:
+        base = p.name.replace(".base_layer.", ".")
+        if base in mapped and (phase == "load" or not p.trainable):
+            clean += p.numel * ITEMSIZE[p.dtype]
+    return held_bytes(trace.parameters)[0] + job.facts.buffer_bytes - clean
 
 
 def tensor_phases(job: TrainingJob) -> dict[str, dict[Category, int]]:

@@ -25,7 +25,7 @@ _STEP_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerBytes:
-    """`state`: kept. `scratch`: temporaries at the worst moment of a step. `by_parameter`: states in the order given."""
+    """`state`: kept. `scratch`: temporaries at the worst moment of a step. `by_parameter`: states in order."""
 
     state: int
     scratch: int

@@ -27,9 +27,10 @@ DType = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager"]
 
 ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-RUNTIME_BYTES = 180 * MiB
-"""Anonymous memory of a process that has imported torch and transformers and run one matrix product; a stand-in where
-nobody measured it (`memopt.jobs.model_facts.measure_runtime`). Python 3.12, torch 2.13+cpu, transformers 5.19."""
+RUNTIME_BYTES = 352 * MiB
+"""Anonymous memory of a process that has imported torch and transformers' Trainer, where nobody measured it
+(`memopt.jobs.model_facts.measure_runtime`): measured with Python 3.11, torch 2.13+cpu, transformers 5.19; without the
+Trainer it is 249 MiB."""
 CUDA_CONTEXT_BYTES = 500 * MiB
 """Device memory of a CUDA context with cuBLAS and its kernels, outside torch's allocator: 450 to 550 MiB is what the
 driver shows on recent cards; assumed, not measured here."""
