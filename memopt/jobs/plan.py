@@ -103,7 +103,7 @@ def _plan_training(config: PlanConfig, where: _Setting, facts: ModelFacts) -> Fo
     )
     forecast_of = _TrainingPlanner(where)
     now = with_config(forecast_of(job), config.to_dict())
-    return advise(job, now, training_knobs(), forecast_of)
+    return advise(job, now, training_knobs(), forecast_of) if config.advice else now
 
 
 class _TrainingPlanner:
@@ -137,7 +137,7 @@ def _plan_generation(config: PlanConfig, where: _Setting, facts: ModelFacts, hf_
     )
     forecast_of: Callable[[InferenceJob], Forecast] = lambda job: inference_forecast(job, where.machine, where.budget)  # noqa: E731
     now = with_config(forecast_of(job), config.to_dict())
-    return advise(job, now, inference_knobs(), forecast_of)
+    return advise(job, now, inference_knobs(), forecast_of) if config.advice else now
 
 
 def _training_engine(config: PlanConfig) -> Literal["memory", "cpu-offload", "ssd", "zero3", "zero-infinity"]:

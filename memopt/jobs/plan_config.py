@@ -122,6 +122,11 @@ class PlanConfig:
         "What computes; auto: a GPU where the machine or the budgets have one.", "Budget", "auto"
     )
 
+    advice: bool = setting(
+        "Plan the job again with every knob turned, for suggestions and the smallest budget: seconds more.",
+        "Output",
+        True,
+    )
     report: str | None = setting("Write the plan (JSON) to this file.", "Output", None, metavar="FILE", shown="none")
     markdown: str | None = setting("Write it as Markdown to this file.", "Output", None, metavar="FILE", shown="none")
     json: bool = setting("Print the JSON instead of tables.", "Output", False)

@@ -35,7 +35,7 @@ class Knob(Generic[J]):
     turn: Callable[[J], J | None]
     same_result: bool = True
     last_resort: bool = False
-    """Turned only when the job does not fit: it makes another job of it, and costs seconds to plan."""
+    """Turned only when nothing else makes the job fit: it makes another job of it, and costs seconds to plan."""
 
     def words(self, changed: J) -> str:
         """The flag as a person types it."""
@@ -50,7 +50,7 @@ def advise(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], 
     tier = binding_tier(now)
     found: list[tuple[Suggestion, Forecast]] = []
     for knob in knobs:
-        changed = None if knob.last_resort and now.verdict != "does not fit" else _turned(job, knob, plan)
+        changed = None if knob.last_resort else _turned(job, knob, plan)
         if changed is None:
             continue
         after = changed[1]
@@ -107,7 +107,8 @@ def _with_smallest(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callab
 
     A knob stays turned when it lessens what is missing; one that turns out not to be needed is turned back.
     """
-    best, used = _turn_all(job, now, sorted(knobs, key=lambda knob: not knob.same_result), plan)
+    order = sorted(knobs, key=lambda knob: (knob.last_resort, not knob.same_result))
+    best, used = _turn_all(job, now, order, plan)
     if best.verdict == "fits":
         for knob in [knob for knob, _ in used][:-1]:
             fewer = [other for other, _ in used if other is not knob]
