@@ -33,13 +33,17 @@ class Knob(Generic[J]):
     flag: str | Callable[[J], str]
     text: str
     turn: Callable[[J], J | None]
-    same_result: bool = True
+    same_result: bool | Callable[[J], bool] = True
     last_resort: bool = False
     """Turned only when nothing else makes the job fit: it makes another job of it, and costs seconds to plan."""
 
     def words(self, changed: J) -> str:
         """The flag as a person types it."""
         return self.flag if isinstance(self.flag, str) else self.flag(changed)
+
+    def keeps(self, job: J) -> bool:
+        """Whether the numbers of `job` stay the same."""
+        return self.same_result if isinstance(self.same_result, bool) else self.same_result(job)
 
 
 def advise(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]) -> Forecast:
@@ -63,7 +67,7 @@ def advise(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], 
             tier=tier,
             saved_bytes=saved,
             slow_down=_slow_down(now, after),
-            same_result=knob.same_result,
+            same_result=knob.keeps(job),
             enough=now.verdict == "does not fit" and after.verdict == "fits",
         )
         found.append((suggestion, after))
@@ -107,7 +111,7 @@ def _with_smallest(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callab
 
     A knob stays turned when it lessens what is missing; one that turns out not to be needed is turned back.
     """
-    order = sorted(knobs, key=lambda knob: (knob.last_resort, not knob.same_result))
+    order = sorted(knobs, key=lambda knob: (knob.last_resort, not knob.keeps(job)))
     best, used = _turn_all(job, now, order, plan)
     if best.verdict == "fits":
         for knob in [knob for knob, _ in used][:-1]:
@@ -186,11 +190,13 @@ def training_knobs() -> tuple[Knob[TrainingJob], ...]:
             turn=lambda job: (
                 replace(job, engine="cpu-offload") if job.engine == "memory" and job.device == "cuda" else None
             ),
+            same_result=_float32_weights,
         ),
         Knob(
             flag="--engine ssd",
             text="memopt keeps on the SSD what does not fit in DRAM",
             turn=lambda job: replace(job, engine="ssd") if job.engine in ("memory", "cpu-offload") else None,
+            same_result=_float32_weights,
         ),
         Knob(
             flag="--optimizer adamw8bit",
@@ -318,6 +324,11 @@ def inference_knobs() -> tuple[Knob[InferenceJob], ...]:
 
 
 _STREAMING = ("cpu-offload", "ssd")
+
+
+def _float32_weights(job: TrainingJob) -> bool:
+    """memopt's engines keep float32 weights: another job than one in bfloat16, if a better one."""
+    return job.weights_dtype == "float32" or job.engine in _STREAMING
 
 
 def _optimizer(job: TrainingJob, name: str) -> TrainingJob:
