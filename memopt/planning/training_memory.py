@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -39,7 +39,8 @@ def phases(job: TrainingJob) -> dict[str, Use]:
             host = held_bytes(weights)[0] if name == "save" else 0
             found[name] = allocators.on_cuda(job, by_category, host)
         else:
-            found[name] = allocators.on_cpu(job, {**by_category, Category.WEIGHTS: _anonymous(job, name)})
+            use = {**by_category, Category.WEIGHTS: _anonymous(job, name)}
+            found[name] = allocators.on_cpu(job, use, _in_heap(job, name, use))
     return found
 
 
@@ -56,6 +57,21 @@ def _anonymous(job: TrainingJob, phase: str) -> int:
         if base in mapped and (phase == "load" or not p.trainable):
             clean += p.numel * ITEMSIZE[p.dtype]
     return held_bytes(trace.parameters)[0] + job.facts.buffer_bytes - clean
+
+
+def _in_heap(job: TrainingJob, phase: str, use: Mapping[Category, int]) -> int:
+    """Bytes of tensors among which blocks are made and freed; an update makes few."""
+    if phase not in ("forward", "backward"):
+        return 0
+    parameters = job.facts.trace(job.variant).parameters
+    trained = [p for p in parameters if p.trainable]
+    copies = 1 + round(use[Category.OPTIMIZER] / max(held_bytes(parameters)[1], 1))
+    large = allocators.mapped_bytes(trained, copies) + (
+        allocators.mapped_bytes(trained, 1) if use[Category.GRADIENTS] else 0
+    )
+    frozen = use[Category.WEIGHTS] - held_bytes(trained)[0]
+    large += min(max(frozen, 0), allocators.mapped_bytes([p for p in parameters if not p.trainable], 1))
+    return max(sum(use.values()) - large, 0)
 
 
 def tensor_phases(job: TrainingJob) -> dict[str, dict[Category, int]]:
