@@ -40,9 +40,15 @@ def test_every_saving_is_the_difference_of_two_plans() -> None:
         assert suggestion.flag == knob.words(changed)
         after = plan(changed)
         assert suggestion.saved_bytes == peak(now, Tier.GPU) - peak(after, Tier.GPU) > 0
-        assert now.time is not None and after.time is not None
-        rates = now.time.tokens_per_s, after.time.tokens_per_s
-        assert suggestion.slow_down == pytest.approx((rates[0] or 0) / (rates[1] or 1))
+        assert suggestion.slow_down == pytest.approx(seconds_per_token(after) / seconds_per_token(now))
+
+
+def seconds_per_token(forecast: Forecast) -> float:
+    """Of the whole job, prompt included."""
+    assert forecast.time is not None and forecast.time.tokens_per_s is not None
+    sequences = forecast.time.tokens_per_s * forecast.time.step_s
+    (prompt,) = (phase.seconds for phase in forecast.phases if phase.name == "prefill")
+    return ((prompt or 0.0) + forecast.steps * forecast.time.step_s) / (sequences * forecast.steps)
 
 
 def test_what_changes_results_says_so() -> None:

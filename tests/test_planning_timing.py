@@ -36,6 +36,7 @@ def test_few_tokens_wait_for_the_weights() -> None:
     time = seconds(Work(flops=TFLOP, memory_bytes=500 * GB))
     assert time.step_s == pytest.approx(0.5)
     assert "reading weights from memory 500.0 ms" in time.hidden
+    assert time.bound == "memory"
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,20 @@ def _missing(forecast: Forecast) -> int:
 
 def _slow_down(now: Forecast, after: Forecast) -> float | None:
     """Seconds per token over today's."""
-    if now.time is None or after.time is None or not now.time.tokens_per_s or not after.time.tokens_per_s:
+    before, then = tokens_per_s(now), tokens_per_s(after)
+    return None if not before or not then else before / then
+
+
+def tokens_per_s(forecast: Forecast) -> float | None:
+    """Of the whole job: where a prompt is read first, generated tokens over the seconds of both."""
+    time = forecast.time
+    if time is None or not time.tokens_per_s:
         return None
-    return now.time.tokens_per_s / after.time.tokens_per_s
+    prompt = sum(phase.seconds or 0.0 for phase in forecast.phases if phase.name == "prefill")
+    if not prompt:
+        return time.tokens_per_s
+    decode = forecast.steps * time.step_s
+    return time.tokens_per_s * decode / (prompt + decode)
 
 
 def training_knobs() -> tuple[Knob[TrainingJob], ...]:

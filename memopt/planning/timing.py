@@ -76,7 +76,8 @@ def step_time(work: Work, machine: Machine, *, device: Literal["cpu", "cuda"], d
         # the processor that computes cannot update at the same time; one beside it can
         step = max(compute, update, transfer, ssd) if beside else max(compute + update, transfer, ssd)
     longest = max(compute + (0.0 if beside else update), update, transfer, ssd)
-    bound: Literal["compute", "transfer", "ssd"] = "compute"
+    waits = _memory_bound(work, flops, memory)
+    bound: Literal["compute", "memory", "transfer", "ssd"] = "memory" if waits else "compute"
     if longest in (transfer, ssd) and longest > 0:
         bound = "ssd" if ssd >= transfer else "transfer"
     return StepTime(
@@ -85,7 +86,7 @@ def step_time(work: Work, machine: Machine, *, device: Literal["cpu", "cuda"], d
         transfer_s=transfer,
         ssd_s=ssd,
         bound=bound,
-        hidden=_words(work, compute, update, transfer, ssd, beside, memory_bound=_memory_bound(work, flops, memory)),
+        hidden=_words(work, compute, update, transfer, ssd, beside, memory_bound=waits),
         tokens_per_s=work.tokens / step if work.tokens and step > 0 else None,
     )
 
