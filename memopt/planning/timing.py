@@ -15,6 +15,9 @@ MATRIX_SHARE = 0.5
 GPU_FLOAT32_SHARE = 0.125
 """float32 products on a GPU against bfloat16 ones, without TF32: 1/2 (RTX 4090) to 1/16 (A100) by data sheet."""
 
+_TOLD_SHARE = 0.005
+"""What takes less than this of the longest is not spoken of."""
+
 Overlap = Literal["all", "none", "update last"]
 """`all`: copies, SSD and updates run beside the computation; `none`: one after the other; `update last`: copies run
 beside it, then comes the update with its SSD traffic."""
@@ -141,7 +144,8 @@ def _words(
         "copies to and from the GPU": transfer,
         "the SSD": ssd,
     }
-    there = {name: seconds for name, seconds in named.items() if seconds > 0}
+    told = max(named.values()) * _TOLD_SHARE
+    there = {name: seconds for name, seconds in named.items() if seconds > told}
     text = ", ".join(f"{name} {format_s(seconds)}" for name, seconds in there.items())
     if len(there) < 2:
         return text
@@ -149,7 +153,7 @@ def _words(
         return f"{text}; one after the other"
     if work.overlap == "update last":
         return f"{text}; copies run beside the products, then the update beside the SSD"
-    if not beside and not transfer and not ssd:
+    if not beside and max(transfer, ssd) <= told:
         return f"{text}; one after the other"
     return f"{text}; the shorter run behind the longest" + (
         "" if beside or not update else ", the update after the products"

@@ -126,7 +126,7 @@ def _held(forecast: Forecast) -> dict[Tier, dict[str, int]]:
 def _time(forecast: Forecast) -> Iterator[str]:
     time = forecast.time
     if time is not None:
-        rate = f", {time.tokens_per_s:.3g} tokens/s" if time.tokens_per_s else ""
+        rate = f", {_rate(time.tokens_per_s)} tokens/s" if time.tokens_per_s else ""
         yield f"step: {format_s(time.step_s)}{rate}; {time.bound} sets the pace"
         if time.hidden:
             yield f"      {time.hidden}"
@@ -138,6 +138,10 @@ def _time(forecast: Forecast) -> Iterator[str]:
             f"ssd per step: {format_bytes(forecast.ssd_read_per_step_bytes)} read, "
             f"{format_bytes(forecast.ssd_write_per_step_bytes)} written"
         )
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 
 def _suggestions(forecast: Forecast, plain: bool) -> Table:
