@@ -19,10 +19,15 @@ from memopt.optim.routing import Routed, route
 from memopt.patches.hf_checkpoint import build_skeleton, load_config
 from memopt.patches.hf_files import TensorFiles, checkpoint_files, hub_trouble, local_directory
 from memopt.patches.hf_model import HFLayeredModel
-from memopt.planning.training_types import ModelFacts, ParameterFact, StepTrace, TrainingJob, Variant
+from memopt.planning.training_types import Engine, ModelFacts, ParameterFact, StepTrace, TrainingJob, Variant
 
+_RUNTIME_IMPORTS = {
+    "memory": "import transformers.trainer, transformers.models.auto.modeling_auto",
+    "own": "import memopt.jobs.finetune\nfrom transformers import AutoModelForCausalLM, AutoConfig",
+}
 _RUNTIME_CODE = """
-import torch, transformers, transformers.trainer, transformers.models.auto.modeling_auto
+import torch
+{imports}
 from memopt.profiler.samplers import process_memory
 x = torch.ones(64, 64, requires_grad=True)
 (x @ x).sum().backward()
@@ -88,12 +93,13 @@ def prepare(job: TrainingJob) -> TrainingJob:
     return replace(job, facts=facts, offload=offload_job(job, _config(facts)) if engine else None)
 
 
-def measure_runtime() -> int:
-    """Anonymous memory of a new process that has imported torch and transformers' Trainer and run one product, in
-    bytes; about five seconds. Raises BadInput when they cannot be imported."""
+def measure_runtime(engine: Engine = "memory") -> int:
+    """Anonymous memory of a new process that has imported what a run of this engine imports (torch, transformers, its
+    Trainer or memopt's own loop), in bytes; about ten seconds. Raises BadInput when they cannot be imported."""
+    imports = _RUNTIME_IMPORTS["own" if engine in ("cpu-offload", "ssd") else "memory"]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RUNTIME_CODE],
+            [sys.executable, "-c", _RUNTIME_CODE.format(imports=imports)],
             capture_output=True,
             text=True,
             timeout=_LONGEST_RUNTIME_S,

@@ -24,9 +24,10 @@ _CUDA_LARGE = 10 * MiB
 
 
 HEAP_HOLES = 0.30
-"""Of the bytes that tensors have in glibc's heap at the peak of a micro-batch: what its holes add with malloc's default,
-moving threshold, where blocks of up to 32 MiB come out of the heap. Measured 17 to 46 % in six runs of a 40M-parameter
-model (full, LoRA, checkpointed, Muon, foreach), and it drifts with the steps: the weakest number of a plan for a CPU."""
+"""Of the bytes that tensors have in glibc's heap at the peak of a micro-batch: what its holes add with malloc's
+default, moving threshold, where blocks of up to 32 MiB come out of the heap. Measured 17 to 46 % in six runs of a
+40M-parameter model (full, LoRA, checkpointed, Muon, foreach), and it drifts with the steps: the weakest number of a
+plan for a CPU."""
 HEAP_BLOCK_BYTES = 32 * MiB
 """glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are always mapped, and leave no hole."""
 

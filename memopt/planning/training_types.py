@@ -239,8 +239,8 @@ class TrainingJob:
     offload: FinetuneJob | None = None
     zero: ZeroSettings = ZeroSettings()
     fixed_heap: bool = False
-    """malloc's threshold is fixed (MALLOC_MMAP_THRESHOLD_ in the environment; memopt's own jobs do it themselves): large
-    blocks are mapped and returned one by one, and glibc's heap keeps no holes."""
+    """malloc's threshold is fixed (MALLOC_MMAP_THRESHOLD_ in the environment; memopt's own jobs do it themselves):
+    large blocks are mapped and returned one by one, and glibc's heap keeps no holes."""
     runtime_bytes: int = RUNTIME_BYTES
     gpu_runtime_bytes: int = CUDA_CONTEXT_BYTES
 
