@@ -72,6 +72,7 @@ def real_model(family: str) -> Any:
 def job_of(cache: CacheFacts, **settings: Any) -> InferenceJob:
     facts = ModelFacts(
         source="test",
+        key="test",
         architecture="test",
         parameters=(),
         layers=len(cache.layers),

@@ -18,7 +18,7 @@ from memopt.tiers import Tier
 from memopt.units import MiB, format_bytes
 from tests.plan_helpers import MACHINE, generation
 
-BUDGET = Budget(gpu_bytes=540 * MiB, dram_bytes=400 * MiB)
+BUDGET = Budget(gpu_bytes=540 * MiB, dram_bytes=4000 * MiB)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,15 @@ def advised(job: InferenceJob, budget: Budget = Budget()) -> Forecast:  # noqa: 
     return advise(job, plan(job, budget), inference_knobs(), lambda each: plan(each, budget))
 
 
-JOB = {"device": "cuda", "batch": 4, "prompt_tokens": 4000, "new_tokens": 10, "gpu_runtime_bytes": MiB}
+MODEL = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+JOB = {
+    "model": MODEL,
+    "device": "cuda",
+    "batch": 4,
+    "prompt_tokens": 4000,
+    "new_tokens": 10,
+    "gpu_runtime_bytes": MiB,
+}
 
 
 def test_every_saving_is_the_difference_of_two_plans() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from memopt.forecast_types import PhaseForecast
 from memopt.optim.roles import Role
+from memopt.planning import allocators
 from memopt.planning.inference_types import (
     FLASH_PREDICTOR_RANK,
     RECENT_TOKENS,
@@ -183,12 +184,21 @@ def _phase(name: str, job: InferenceJob, weights: WeightBytes, use: dict[Categor
 
     tiers: dict[Tier, dict[Category, int]] = {}
     if job.device == "cuda":
-        tiers[Tier.GPU] = {Category.RUNTIME: job.gpu_runtime_bytes, **use}
-        tiers[Tier.DRAM] = {Category.RUNTIME: job.runtime_bytes, Category.WEIGHTS: weights.host}
+        rounded = use.get(Category.BUFFERS, 0) + _segment_slack(job)
+        tiers[Tier.GPU] = {Category.RUNTIME: job.gpu_runtime_bytes, **use, Category.BUFFERS: rounded}
+        host = job.runtime_bytes + allocators.CUDA_HOST_BYTES
+        tiers[Tier.DRAM] = {Category.RUNTIME: host, Category.WEIGHTS: weights.host}
     else:
-        tiers[Tier.DRAM] = {Category.RUNTIME: job.runtime_bytes, **use}
+        tiers[Tier.DRAM] = {Category.RUNTIME: job.runtime_bytes + allocators.WORK_BYTES, **use}
     tiers[Tier.SSD] = {Category.WEIGHTS: weights.ssd}
     return PhaseForecast(name=name, use={str(tier): found for tier, kept in tiers.items() if (found := named(kept))})
+
+
+def _segment_slack(job: InferenceJob) -> int:
+    """What torch's CUDA allocator reserves for the weights beyond their bytes."""
+    held = [p for p in job.facts.parameters if job.engine == "memory" or p.layer is None]
+    sizes = [parameter_bytes(p, job) for p in held]
+    return allocators.cuda_segment_bytes(sizes) - sum(sizes)
 
 
 def _layer_bytes(job: InferenceJob, layer: CacheLayer, tokens: int, new_tokens: int) -> int:
