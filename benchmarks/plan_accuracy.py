@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_accuracy [--record] [--only NAME ...]
 
-Each case is trained in a process of its own. Three numbers are compared: bytes of tensors at the peak of a step (torch's
-allocator events), anonymous + shared memory of the process at its peak (sampled every 2 ms), and, for memopt's own
+Each case is trained in a process of its own. Three numbers are compared: bytes of tensors at the peak of a step
+(torch's allocator events), anonymous + shared memory of the process at its peak (sampled every 2 ms), and, for memopt's own
 engine, bytes read from and written to the SSD in a step.
 """
 
@@ -87,7 +87,8 @@ CASES = (
     Case(name="SSD", model="llama-40M", settings=dict(seq_len=256, engine="ssd"), dram="420MiB"),
     Case(name="SSD, 8-bit", model="qwen3-30M",
          settings=dict(seq_len=512, engine="ssd", optimizer="adamw8bit", grad_accum=2), dram="420MiB"),
-    Case(name="SSD, Muon", model="llama-150M", settings=dict(seq_len=128, engine="ssd", optimizer="muon"), dram="640MiB"),
+    Case(name="SSD, Muon", model="llama-150M",
+         settings=dict(seq_len=128, engine="ssd", optimizer="muon"), dram="640MiB"),
 )  # fmt: skip
 
 _COLUMNS = (
