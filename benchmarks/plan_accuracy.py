@@ -2,9 +2,9 @@
 
     python -m benchmarks.plan_accuracy [--record] [--only NAME ...]
 
-Each case is trained in a process of its own. Three numbers are compared: bytes of tensors at the peak of a step (torch's
-allocator events), anonymous + shared memory of the process at its peak (sampled every 2 ms), and, for memopt's own
-engine, bytes read from and written to the SSD in a step.
+Each case is trained in a process of its own. Three numbers are compared: bytes of tensors at the peak of a step
+(torch's allocator events), anonymous + shared memory of the process at its peak (sampled every 2 ms), and, for memopt's
+own engine, bytes read from and written to the SSD in a step.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ CASES = (
     Case(name="LoRA, checkpointed", model="llama-150M",
          settings=dict(seq_len=1024, method="lora", gradient_checkpointing=True, fixed_heap=True)),
     Case(name="LoRA", model="qwen3-500M", settings=dict(seq_len=128, method="lora", fixed_heap=True)),
-    Case(name="SSD", model="llama-40M", settings=dict(seq_len=256, engine="ssd"), dram="420MiB"),
+    Case(name="SSD", model="llama-40M", settings=dict(seq_len=256, engine="ssd"), dram="500MiB"),
     Case(name="SSD, 8-bit", model="qwen3-30M",
-         settings=dict(seq_len=512, engine="ssd", optimizer="adamw8bit", grad_accum=2), dram="420MiB"),
-    Case(name="SSD, Muon", model="llama-150M", settings=dict(seq_len=128, engine="ssd", optimizer="muon"), dram="640MiB"),
+         settings=dict(seq_len=512, engine="ssd", optimizer="adamw8bit", grad_accum=2), dram="520MiB"),
+    Case(name="SSD, Muon", model="llama-150M",
+         settings=dict(seq_len=128, engine="ssd", optimizer="muon"), dram="900MiB"),
 )  # fmt: skip
 
 _COLUMNS = (

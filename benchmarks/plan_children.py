@@ -60,7 +60,7 @@ class Watch:
 def train(case: dict[str, Any], model: str, steps: int, save: bool) -> dict[str, Any]:
     """A plain loop over random tokens: loaded from safetensors, clipped, saved."""
     import torch
-    import transformers  # noqa: F401
+    import transformers.trainer  # noqa: F401 - as a job of the Trainer would
     from transformers import AutoModelForCausalLM
 
     memory = process_memory()
