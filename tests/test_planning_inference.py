@@ -154,6 +154,9 @@ def test_work_of_experts_is_that_of_the_chosen_ones() -> None:
     one = replace(job, cache=replace(job.cache, active_share=1 / 8))
     experts = LAYERS * 8 * 3 * 64 * 160
     assert decode_work(job).flops - decode_work(one).flops == 2 * experts // 8
+    assert decode_work(job).memory_bytes - decode_work(one).memory_bytes == 2 * experts // 8  # of 2 bytes each
+    many = replace(job, batch=100)
+    assert weight_bytes(many).resident <= decode_work(many).memory_bytes  # all of them are wanted by somebody
 
 
 jobs = st.fixed_dictionaries(

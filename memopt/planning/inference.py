@@ -38,6 +38,10 @@ _OFFLOAD_SLOTS = 2
 """Blocks on the GPU together while the next one is copied."""
 _FLASH_RECORD = 4096
 """Bytes that a neuron's record is padded to: what a drive reads at the least."""
+_HEAP_SLACK_BYTES = 128 * MiB
+"""What glibc's heap holds of freed working memory in the prompt, at most: blocks below 32 MiB come from it, larger ones
+go back at once. Measured on two cores, Llama-, GPT-2- and OPT-like models of 30M to 80M: 67 to 180 MiB; with
+MALLOC_MMAP_THRESHOLD_ set it is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +56,6 @@ class WeightBytes:
     ssd: int = 0
     streamed: int = 0
     slot: int = 0
-
-
-_HEAP_SLACK_BYTES = 128 * MiB
-"""What glibc's heap holds of freed working memory in the prompt, at most: blocks below 32 MiB come from it, larger ones
-go back at once. Measured on two cores, Llama-, GPT-2- and OPT-like models of 30M to 80M: 67 to 180 MiB; with
-MALLOC_MMAP_THRESHOLD_ set it is gone."""
 
 
 def kept_channels(dim: int, keep: float) -> int:
@@ -163,14 +161,15 @@ def decode_work(job: InferenceJob) -> Work:
     weights = weight_bytes(job)
     length = job.prompt_tokens + job.new_tokens // 2
     table = sum(parameter_bytes(p, job) for p in job.facts.parameters if p.role == Role.EMBEDDING and not p.tied)
-    active = round(job.cache.active_share * _expert_bytes(job)) - _expert_bytes(job)
+    # tokens of different sequences go to different experts, at the worst
+    idle = round((1 - min(1.0, job.cache.active_share * job.batch)) * _expert_bytes(job))
     cached = cache_bytes(job, length, new_tokens=job.new_tokens // 2)
     to_device, read = _moved(job, weights, 1, dense=False)
     # appending copies the cache: written once, read once more
     copied = cached if job.kv is None else 2 * _dense_bytes(job, length)
     return Work(
         flops=(_matrix_flops(job, head=True) + _attention_flops(job, length)) * job.batch,
-        memory_bytes=max(0, weights.resident - table + min(0, active)) + cached + 2 * copied,
+        memory_bytes=max(0, weights.resident + weights.host - table - idle) + cached + 2 * copied,
         tokens=job.batch,
         overlap=_overlap(job),
         to_device_bytes=to_device,
