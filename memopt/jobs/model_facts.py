@@ -146,7 +146,7 @@ def _routed(module: nn.Module) -> list[Routed]:
 
 
 def _trace(facts: ModelFacts, variant: Variant) -> StepTrace:
-    module = variant_module(_config(facts), facts.source, variant)
+    module = variant_module(_config(facts), variant)
     parameters = parameter_facts(module)
     traced = trace_step(module, variant, facts.sliding_window)
     return StepTrace(
@@ -159,7 +159,7 @@ def _trace(facts: ModelFacts, variant: Variant) -> StepTrace:
     )
 
 
-def variant_module(config: Any, source: str, variant: Variant) -> nn.Module:
+def variant_module(config: Any, variant: Variant) -> nn.Module:
     """A new skeleton in the variant's types, with its adapters. Raises BadInput."""
     dtype = getattr(torch, variant.weights_dtype)
     module = build_skeleton(config, attn_implementation=variant.attention, dtype=dtype)
@@ -173,7 +173,7 @@ def variant_module(config: Any, source: str, variant: Variant) -> nn.Module:
         alpha=float(variant.lora_rank),
         dropout=0.0,
         target_modules=variant.lora_targets,
-        base_name=source,
+        base_name=getattr(module, "name_or_path", ""),
     )
     return adapted.module
 

@@ -43,7 +43,7 @@ def offload_job(job: TrainingJob, hf_config: Any) -> FinetuneJob:
             alpha=float(job.lora_rank),
             dropout=0.0,
             target_modules=job.lora_targets,
-            base_name=job.facts.source,
+            base_name=getattr(module, "name_or_path", ""),
         )
         stored = dtypes
         dtypes = {n: stored[adapted.base(n)] for n, p in adapted.module.named_parameters() if not p.requires_grad}
