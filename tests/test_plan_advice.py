@@ -125,6 +125,7 @@ class Toy:
     load: int = 50
     step: int = 100
     odd: bool = False
+    slow: float = 1.0
 
 
 def toy_plan(job: Toy) -> Forecast:
@@ -133,7 +134,8 @@ def toy_plan(job: Toy) -> Forecast:
     phases = tuple(
         PhaseForecast(name=name, use={"dram": {"weights": n}}) for name, n in (("load", job.load), ("step", job.step))
     )
-    time = StepTime(step_s=job.step, compute_s=job.step, tokens_per_s=1 / job.step)
+    seconds = job.step * job.slow
+    time = StepTime(step_s=seconds, compute_s=seconds, tokens_per_s=1 / seconds)
     forecast = Forecast(job="toy", verdict="fits", budgets={"dram": 40}, phases=phases, time=time)
     return replace(forecast, verdict="does not fit" if shortages(forecast) else "fits")
 
@@ -154,6 +156,22 @@ def test_only_the_binding_peak_counts() -> None:
     # the load binds once the step is small, so that it has to shrink as well
     assert set(now.smallest_flags) == {"--step 30", "--load 10"}
     assert now.smallest == {"dram": 30}
+
+
+def test_a_dear_flag_is_not_named_where_cheaper_ones_do_together() -> None:
+    """Ten times slower alone, or two that cost nothing: both fit and keep the result."""
+    dear = Knob[Toy](flag="--slow", text="slow", turn=lambda job: replace(job, load=20, step=20, slow=50.0))
+    gentle = (
+        Knob[Toy](flag="--load 10", text="load", turn=lambda job: replace(job, load=10)),
+        Knob[Toy](flag="--step 35", text="step", turn=lambda job: replace(job, step=35)),
+    )
+    now = advise(Toy(), toy_plan(Toy()), (dear, *gentle), toy_plan)
+    assert [s.flag for s in now.suggestions if s.enough] == ["--slow"]
+    assert set(now.smallest_flags) == {"--load 10", "--step 35"}
+    assert now.smallest == {"dram": 35}
+    # without the others the dear one is what there is
+    alone = advise(Toy(), toy_plan(Toy()), (dear, gentle[0]), toy_plan)
+    assert alone.smallest_flags == ("--slow",)
 
 
 def test_the_binding_tier() -> None:

@@ -19,6 +19,8 @@ J = TypeVar("J")
 
 _LEAST_SHARE = 200
 """A saving below one part in 200 of the peak is no advice."""
+_DEAR = 2.0
+"""A flag that is enough but makes the job so much slower is not named before others were put together."""
 _KEY_KEEP = 0.6
 """ThinK's published setting (lambda 0.4)."""
 _LORA_RANK = 8
@@ -77,8 +79,17 @@ def advise(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], 
         return advised
     if found and found[0][0].enough:
         suggestion, after = found[0]
+        cost = suggestion.slow_down or 1.0
+        if cost > _DEAR:
+            # several knobs that keep the result may cost less together
+            gentle = [knob for knob in knobs if knob.keeps(job) and not knob.last_resort]
+            others = [knob for knob in gentle if knob.text != suggestion.text]
+            best, used = _fewest(job, now, others, plan)
+            if best.verdict == "fits" and (_slow_down(now, best) or cost) < cost:
+                return _with_smallest(advised, best, used)
         return replace(advised, smallest=_needs(now, after), smallest_flags=(suggestion.flag,))
-    return _with_smallest(job, advised, knobs, plan)
+    order = sorted(knobs, key=lambda knob: (knob.last_resort, not knob.keeps(job)))
+    return _with_smallest(advised, *_fewest(job, now, order, plan))
 
 
 def binding_tier(forecast: Forecast) -> Tier:
@@ -106,22 +117,28 @@ def _turned(job: J, knob: Knob[J], plan: Callable[[J], Forecast]) -> tuple[J, Fo
         return None
 
 
-def _with_smallest(job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]) -> Forecast:
-    """Turn knobs one after the other, those that keep the result first, until the job fits or none is left.
+def _with_smallest(now: Forecast, best: Forecast, used: Sequence[tuple[Knob[J], str]]) -> Forecast:
+    """`smallest` is what the tiers that are short need with these knobs."""
+    # by the first word: --weights int4 takes the place of --weights int8
+    flags = {words.split()[0]: words for _, words in used}
+    return replace(now, smallest=_needs(now, best), smallest_flags=tuple(flags.values()))
+
+
+def _fewest(
+    job: J, now: Forecast, knobs: Sequence[Knob[J]], plan: Callable[[J], Forecast]
+) -> tuple[Forecast, list[tuple[Knob[J], str]]]:
+    """Turn knobs one after the other until the job fits or none is left.
 
     A knob stays turned when it lessens what is missing; one that turns out not to be needed is turned back.
     """
-    order = sorted(knobs, key=lambda knob: (knob.last_resort, not knob.keeps(job)))
-    best, used = _turn_all(job, now, order, plan)
+    best, used = _turn_all(job, now, knobs, plan)
     if best.verdict == "fits":
         for knob in [knob for knob, _ in used][:-1]:
             fewer = [other for other, _ in used if other is not knob]
             tried, left = _turn_all(job, now, fewer, plan)
             if tried.verdict == "fits":
                 best, used = tried, left
-    # by the first word: --weights int4 takes the place of --weights int8
-    flags = {words.split()[0]: words for _, words in used}
-    return replace(now, smallest=_needs(now, best), smallest_flags=tuple(flags.values()))
+    return best, used
 
 
 def _turn_all(
