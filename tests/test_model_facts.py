@@ -176,7 +176,7 @@ def test_saved_bytes_are_what_autograd_saves() -> None:
 def test_states_of_every_preset_are_those_of_the_real_optimizer(kind: str, preset: str) -> None:
     options = {"rank": 8} if "galore" in preset else {}
     settings = config(kind, layers=2)
-    job = TrainingJob(facts=read_model_facts(settings), optimizer=preset, optimizer_options=options)
+    job = TrainingJob(facts=read_model_facts(settings), seq_len=64, optimizer=preset, optimizer_options=options)
     real = model(settings)
     optimizer = memopt.build_optimizer(real, preset, **options)
     for p in real.parameters():
@@ -188,7 +188,7 @@ def test_states_of_every_preset_are_those_of_the_real_optimizer(kind: str, prese
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "single"])
 def test_states_of_torchs_adamw(implementation: str) -> None:
     settings = config("qwen3", layers=2)
-    job = TrainingJob(facts=read_model_facts(settings), implementation=implementation)  # type: ignore[arg-type]
+    job = TrainingJob(facts=read_model_facts(settings), seq_len=64, implementation=implementation)  # type: ignore[arg-type]
     real = model(settings)
     optimizer = torch.optim.AdamW(
         real.parameters(), fused=implementation == "fused", foreach=implementation == "foreach"
@@ -230,7 +230,7 @@ assert grown < 64 << 20, grown
 
 def test_a_variant_that_was_not_traced_is_refused() -> None:
     facts = read_model_facts(config("llama"))
-    job = TrainingJob(facts=facts)
+    job = TrainingJob(facts=facts, seq_len=64)
     with pytest.raises(BadInput, match="prepare"):
         facts.trace(job.variant)
 

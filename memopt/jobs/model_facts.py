@@ -23,7 +23,27 @@ from memopt.planning.training_types import Engine, ModelFacts, ParameterFact, St
 
 _RUNTIME_IMPORTS = {
     "memory": "import transformers.trainer, transformers.models.auto.modeling_auto",
-    "own": "import memopt.jobs.finetune\nfrom transformers import AutoModelForCausalLM, AutoConfig",
+    # memopt's own loop follows a block on fake tensors before it measures itself
+    "own": """
+import memopt.jobs.finetune
+from transformers import LlamaConfig
+from memopt.jobs.model_costs import model_costs
+from memopt.jobs.model_layout import model_layout
+from memopt.jobs.rules import update_rules
+from memopt.jobs.config import FinetuneConfig
+from memopt.patches.hf_checkpoint import build_skeleton
+from memopt.patches.hf_model import HFLayeredModel
+sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=64)
+model = HFLayeredModel(build_skeleton(LlamaConfig(**sizes)))
+rules = update_rules(FinetuneConfig(model="demo"), model.module).of
+layout = model_layout(model, decay=set(), dtypes={}, rules=rules, tile_rows=64)
+tokens = torch.zeros(1, 16, dtype=torch.int64)
+model_costs(model, layout, {"input_ids": tokens, "labels": tokens}, torch.float32)
+import gc
+from memopt.offload.heap import trim_heap
+gc.collect()
+trim_heap()
+""",
 }
 _RUNTIME_CODE = """
 import torch
