@@ -26,7 +26,6 @@ ALIASES: Mapping[str, str] = {
     "torch_dtype": "dtype",
     "r": "lora_rank",
     "max_new_tokens": "new_tokens",
-    "bf16": "autocast",
 }
 _TRAIN_ONLY = (
     "optimizer", "optim_state_dtype", "implementation", "grad_accum", "gradient_checkpointing", "lora_rank",
