@@ -166,7 +166,7 @@ def test_saved_bytes_are_what_autograd_saves() -> None:
         trace.first.exit_forward,
     ]
     kept = sum(segment.end.total.at(2, 100) for segment in passed)
-    assert float(loss) > 0
+    assert loss.requires_grad
     tokens_bytes = tokens.untyped_storage().nbytes()
     assert kept == pytest.approx(sum(n for n, _ in saved.values()) - tokens_bytes, rel=0.01)
 

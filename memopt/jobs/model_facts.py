@@ -187,13 +187,14 @@ def variant_module(config: Any, variant: Variant) -> nn.Module:
         return module
     from memopt.patches.hf_lora import adapt
 
+    name: Any = getattr(module, "name_or_path", None) or None  # what peft compares with
     adapted = adapt(
         module,
         rank=variant.lora_rank,
         alpha=float(variant.lora_rank),
         dropout=0.0,
         target_modules=variant.lora_targets,
-        base_name=getattr(module, "name_or_path", ""),
+        base_name=name,
     )
     return adapted.module
 

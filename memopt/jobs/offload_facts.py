@@ -37,13 +37,14 @@ def offload_job(job: TrainingJob, hf_config: Any) -> FinetuneJob:
     if job.method == "lora":
         from memopt.patches.hf_lora import adapt
 
+        name: Any = getattr(module, "name_or_path", None) or None  # what peft compares with
         adapted = adapt(
             module,
             rank=job.lora_rank,
             alpha=float(job.lora_rank),
             dropout=0.0,
             target_modules=job.lora_targets,
-            base_name=getattr(module, "name_or_path", ""),
+            base_name=name,
         )
         stored = dtypes
         dtypes = {n: stored[adapted.base(n)] for n, p in adapted.module.named_parameters() if not p.requires_grad}
