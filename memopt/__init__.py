@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memopt.budget import Budget
+    from memopt.forecast_types import Forecast
     from memopt.jobs.config import FinetuneConfig
     from memopt.jobs.finetune import finetune
     from memopt.jobs.optimizer import attach_optimizer, build_optimizer
+    from memopt.jobs.plan import plan
+    from memopt.jobs.plan_config import PlanConfig
     from memopt.ledger import Ledger
     from memopt.machine import Machine
     from memopt.patches.hf_profiler import ProfilerCallback
@@ -28,21 +31,26 @@ except PackageNotFoundError:  # used from a checkout that was never installed
 _HOME = {
     "Budget": "memopt.budget",
     "FinetuneConfig": "memopt.jobs.config",
+    "Forecast": "memopt.forecast_types",
     "Ledger": "memopt.ledger",
     "Machine": "memopt.machine",
+    "PlanConfig": "memopt.jobs.plan_config",
     "Profiler": "memopt.profiler.program",
     "ProfilerCallback": "memopt.patches.hf_profiler",
     "Report": "memopt.report_types",
     "attach_optimizer": "memopt.jobs.optimizer",
     "build_optimizer": "memopt.jobs.optimizer",
     "finetune": "memopt.jobs.finetune",
+    "plan": "memopt.jobs.plan",
 }
 
 __all__ = [
     "Budget",
     "FinetuneConfig",
+    "Forecast",
     "Ledger",
     "Machine",
+    "PlanConfig",
     "Profiler",
     "ProfilerCallback",
     "Report",
@@ -50,6 +58,7 @@ __all__ = [
     "attach_optimizer",
     "build_optimizer",
     "finetune",
+    "plan",
 ]
 
 

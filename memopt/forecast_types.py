@@ -44,14 +44,15 @@ class PhaseForecast:
 class StepTime:
     """Seconds of one step (training) or one token (decoding) from the machine's bandwidths.
 
-    `hidden` says what runs behind what; `bound` is what sets the pace.
+    `hidden` says what runs behind what; `bound` is what sets the pace (memory: the computing device's own, where
+    reading weights takes longer than the products).
     """
 
     step_s: float
     compute_s: float
     transfer_s: float = 0.0
     ssd_s: float = 0.0
-    bound: Literal["compute", "transfer", "ssd"] = "compute"
+    bound: Literal["compute", "memory", "transfer", "ssd"] = "compute"
     hidden: str = ""
     tokens_per_s: float | None = None
 
