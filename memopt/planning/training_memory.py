@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from memopt.planning import allocators
@@ -172,8 +172,3 @@ def update_flops(job: TrainingJob, trained: Sequence[ParameterFact]) -> int:
             if policy.rule == "muon":
                 total += prod(shape[:-2]) * policy.ns_steps * (4 * small**2 * large + 2 * small**3)
     return total
-
-
-def with_batch(job: TrainingJob, batch_size: int) -> TrainingJob:
-    """The same job with another micro-batch, for a search of the largest that fits."""
-    return replace(job, batch_size=batch_size)
