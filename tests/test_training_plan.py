@@ -32,8 +32,8 @@ def deep(layers: int) -> TrainingJob:
     """The job on a model of more blocks of the same kind."""
     facts = job().facts
     (trace,) = facts.traces
-    first, middle, last = trace.kinds[0], trace.kinds[1], trace.kinds[-1]
-    kinds = (first, *([middle] * (layers - 2)), last)
+    first, second, middle, last = trace.kinds
+    kinds = (first, second, *([middle] * (layers - 3)), last)
     return replace(job(), facts=replace(facts, traces=(replace(trace, kinds=kinds),)))
 
 

@@ -1,8 +1,9 @@
 """What a training step of a Hugging Face model keeps in memory, followed on fake tensors: nothing is computed.
 
-A model of a few blocks (the first, one of every kind between, the last) is run forward and backward at a few small
-batches and lengths. Every moment at which a tensor is made gives one number of live bytes, which is a polynomial of
-batch and length (`Curve`); a model of any depth is put together from the blocks' numbers (`memopt.planning`).
+A model of a few blocks (the first, the second, one of every kind between, the last) is run forward and backward at a
+few small batches and lengths. Every moment at which a tensor is made gives one number of live bytes, which is a
+polynomial of batch and length (`Curve`); a model of any depth is put together from the blocks' numbers
+(`memopt.planning`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def trace_step(module: nn.Module, variant: Variant, window: int | None) -> Trace
 
 
 def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
-    """The kind of every block, and which blocks stand for the kinds: the first, the last, and those between."""
+    """The kind of every block, and which blocks stand for the kinds: first, second, last, and those between."""
     types = getattr(_text_config(model.module), "layer_types", None)
     chosen: list[int] = []
     number: dict[Any, int] = {}
@@ -85,7 +86,8 @@ def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
     last = len(model.blocks) - 1
     for index, block in enumerate(model.blocks):
         shapes = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())
-        place = "first" if index == 0 else "last" if index == last else "between"
+        # what the second finds depends on whether gradients pass through the first: they may not, with adapters
+        place = "first" if index == 0 else "last" if index == last else "second" if index == 1 else "between"
         key = (place, type(block), shapes, types[index] if types and len(types) > index else None)
         if key not in number:
             number[key] = len(chosen)
