@@ -112,10 +112,10 @@ def test_peaks_of_a_step_are_those_of_a_real_one(kind: str, checkpointing: bool)
         assert predicted.backward[0] == pytest.approx(backward, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [True])
-def test_peaks_with_adapters(checkpointing: bool) -> None:
+@pytest.mark.parametrize(("kind", "checkpointing"), [("llama", True), ("opt", False)])
+def test_peaks_with_adapters(kind: str, checkpointing: bool) -> None:
     peft = pytest.importorskip("peft")
-    settings = config("llama", layers=4)
+    settings = config(kind, layers=6)
     job = prepare(
         TrainingJob(
             facts=read_model_facts(settings),

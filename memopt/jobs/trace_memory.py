@@ -1,8 +1,9 @@
 """What a training step of a Hugging Face model keeps in memory, followed on fake tensors: nothing is computed.
 
-A model of a few blocks (the first, one of every kind between, the last) is run forward and backward at a few small
-batches and lengths. Every moment at which a tensor is made gives one number of live bytes, which is a polynomial of
-batch and length (`Curve`); a model of any depth is put together from the blocks' numbers (`memopt.planning`).
+A model of a few blocks (the first, the second, one of every kind between, the last) is run forward and backward at a
+few small batches and lengths. Every moment at which a tensor is made gives one number of live bytes, which is a
+polynomial of batch and length (`Curve`); a model of any depth is put together from the blocks' numbers
+(`memopt.planning`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from memopt.planning.training_types import Curve, Moment, Pass, Segment, Variant
 
 _BATCHES = (2, 3)
 _LENGTHS = (64, 128, 192)
-"""Multiples of 64: no kernel pads them; and two sequences at least: of one alone some copies are not made. A polynomial
-of second degree needs three lengths and two batches."""
+"""Multiples of 64: no kernel pads them. A polynomial of second degree needs three lengths and two batches; one sequence
+alone is followed apart, as some copies are made of it only, others not."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ def trace_step(module: nn.Module, variant: Variant, window: int | None) -> Trace
         if variant.lora_rank is not None:
             module.enable_input_require_grads()  # type: ignore[operator]
     lengths = _lengths(variant, window)
+    batches = (1,) if variant.one_sequence else _BATCHES
     runs = []
-    for batch in _BATCHES:
+    for batch in batches:
         for seq in lengths:
             try:
                 with _quiet(), whole_sequences():
@@ -69,14 +71,14 @@ def trace_step(module: nn.Module, variant: Variant, window: int | None) -> Trace
                     f"{type(module).__name__} cannot be followed without values "
                     f"({type(error).__name__}: {line[:150]}); measure a short run with memopt profile"
                 ) from error
-    fit = _Fit(_BATCHES, lengths)
+    fit = _Fit(batches, lengths)
     passes = [fit.whole([run[number] for run in runs], len(chosen)) for number in (0, 1)]
     notes = ("some moments differ between lengths: their peaks are fitted instead",) if fit.rough else ()
     return Traced(kinds, passes[0], passes[1], notes)
 
 
 def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
-    """The kind of every block, and which blocks stand for the kinds: the first, the last, and those between."""
+    """The kind of every block, and which blocks stand for the kinds: first, second, last, and those between."""
     types = getattr(_text_config(model.module), "layer_types", None)
     chosen: list[int] = []
     number: dict[Any, int] = {}
@@ -84,7 +86,8 @@ def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
     last = len(model.blocks) - 1
     for index, block in enumerate(model.blocks):
         shapes = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())
-        place = "first" if index == 0 else "last" if index == last else "between"
+        # what the second finds depends on whether gradients pass through the first: they may not, with adapters
+        place = "first" if index == 0 else "last" if index == last else "second" if index == 1 else "between"
         key = (place, type(block), shapes, types[index] if types and len(types) > index else None)
         if key not in number:
             number[key] = len(chosen)
@@ -266,8 +269,9 @@ class _Fit:
     """Curves through samples at every batch and length, batch by batch."""
 
     def __init__(self, batches: Sequence[int], lengths: Sequence[int]):
-        rows = [[1, s, b, b * s, s * s, b * s * s] for b in batches for s in lengths]
-        self._inverse = np.linalg.inv(np.array(rows, dtype=np.float64))
+        rows = np.array([[1, s, b, b * s, s * s, b * s * s] for b in batches for s in lengths], dtype=np.float64)
+        self._terms = [0, 1, 4] if len(batches) == 1 else list(range(6))
+        self._inverse = np.linalg.inv(rows[:, self._terms])
         self.rough = False
 
     def whole(self, runs: Sequence[Sequence[_Samples]], blocks: int) -> Pass:
@@ -298,7 +302,9 @@ class _Fit:
     def _curves(self, values: Sequence[Sequence[int]]) -> Any:
         """values: one row per run, one column per moment -> (moments, 6) coefficients."""
         table = np.array(values, dtype=np.float64).reshape(len(values), -1)
-        return np.round(self._inverse @ table, 4).T
+        curves = np.zeros((table.shape[1], 6))
+        curves[:, self._terms] = np.round(self._inverse @ table, 4).T
+        return curves
 
 
 def _undominated(curves: Any, gradients: Sequence[int]) -> Iterator[Moment]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from memopt.planning import allocators
@@ -81,15 +81,25 @@ def tensor_phases(job: TrainingJob) -> dict[str, dict[Category, int]]:
     weights += job.facts.buffer_bytes
     optimizer = optimizer_bytes(job, trace.parameters)
     base = {Category.WEIGHTS: weights, Category.GRADIENTS: 0, Category.OPTIMIZER: optimizer.state}
-    last = micro_peaks(trace, job, later=job.grad_accum > 1)
-    there = gradients if job.grad_accum > 1 else 0
     found = {"load": {Category.WEIGHTS: weights}}
-    for name, (total, own) in (("forward", last.forward), ("backward", last.backward)):
-        found[name] = {**base, Category.GRADIENTS: there + own, Category.ACTIVATIONS: total - own}
+    # a step of several micro-batches has a first one too, which makes the gradients
+    passes = [(micro_peaks(trace, job, later=False), 0)]
+    if job.grad_accum > 1:
+        passes.append((micro_peaks(trace, job, later=True), gradients))
+    for name in ("forward", "backward"):
+        total, own, there = max((*getattr(peaks, name), there) for peaks, there in _with_held(passes))
+        found[name] = {**base, Category.GRADIENTS: there + own, Category.ACTIVATIONS: total - there - own}
     found["optimizer"] = {**base, Category.GRADIENTS: gradients, Category.BUFFERS: optimizer.scratch}
     if job.save:
         found["save"] = {**base}
     return found
+
+
+def _with_held(passes: Sequence[tuple[Peaks, int]]) -> Iterator[tuple[Peaks, int]]:
+    """Peaks with the gradients that were there before added to all bytes."""
+    for peaks, there in passes:
+        forward, backward = peaks.forward, peaks.backward
+        yield Peaks(forward=(forward[0] + there, forward[1]), backward=(backward[0] + there, backward[1])), there
 
 
 def held_bytes(parameters: Sequence[ParameterFact]) -> tuple[int, int]:
@@ -162,8 +172,3 @@ def update_flops(job: TrainingJob, trained: Sequence[ParameterFact]) -> int:
             if policy.rule == "muon":
                 total += prod(shape[:-2]) * policy.ns_steps * (4 * small**2 * large + 2 * small**3)
     return total
-
-
-def with_batch(job: TrainingJob, batch_size: int) -> TrainingJob:
-    """The same job with another micro-batch, for a search of the largest that fits."""
-    return replace(job, batch_size=batch_size)

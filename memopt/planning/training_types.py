@@ -116,6 +116,8 @@ class Variant:
     attention: Attention = "sdpa"
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
+    one_sequence: bool = False
+    """Micro-batches of a single sequence: some kernels make other copies then."""
     beyond_window: bool = False
     """Sequences are longer than the model's sliding window: its masks are made."""
 
@@ -273,6 +275,7 @@ class TrainingJob:
             attention=self.attention,
             lora_rank=self.lora_rank if lora else None,
             lora_targets=self.lora_targets if lora else None,
+            one_sequence=self.batch_size == 1,
             beyond_window=window is not None and self.seq_len >= window,
         )
 
