@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memopt.jobs.plan_config import PlanConfig
     from memopt.ledger import Ledger
     from memopt.machine import Machine
+    from memopt.patches.hf_cache import ThinKCache
     from memopt.patches.hf_profiler import ProfilerCallback
     from memopt.profiler.program import Profiler
     from memopt.report_types import Report
@@ -38,6 +39,7 @@ _HOME = {
     "Profiler": "memopt.profiler.program",
     "ProfilerCallback": "memopt.patches.hf_profiler",
     "Report": "memopt.report_types",
+    "ThinKCache": "memopt.patches.hf_cache",
     "attach_optimizer": "memopt.jobs.optimizer",
     "build_optimizer": "memopt.jobs.optimizer",
     "finetune": "memopt.jobs.finetune",
@@ -54,6 +56,7 @@ __all__ = [
     "Profiler",
     "ProfilerCallback",
     "Report",
+    "ThinKCache",
     "__version__",
     "attach_optimizer",
     "build_optimizer",

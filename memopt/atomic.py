@@ -1,4 +1,4 @@
-"""Text files that are either the old one or the new one, whatever happens in between."""
+"""Small files that are either the old one or the new one, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step that survives a crash. Raises OSError, leaving what was there."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` for bytes."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o666 & ~_umask())

@@ -1,1 +1,1 @@
-"""Key-value caches that are smaller: thin keys (ThinK), and what attends to them."""
+"""Thinner key-value caches: which channels to keep, attention over them, their files and their bytes. Pure torch."""

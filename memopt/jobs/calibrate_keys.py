@@ -1,0 +1,125 @@
+"""`memopt calibrate-keys`: choose key channels once, on data, for caches that cannot wait for each prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.errors import BadInput
+from memopt.jobs.data_sources import read_records
+from memopt.jobs.tokenizing import Encoder, checked_vocabulary, load_tokenizer
+from memopt.kv.channel_file import ChannelSets, save_channels
+from memopt.kv.channels import choose, kept_count
+from memopt.patches.hf_files import resolve_checkpoint
+
+_LEAST_TOKENS = 16
+"""Shorter windows say nothing about a context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """What was written, and from what."""
+
+    path: Path
+    sets: ChannelSets
+    windows: int
+
+
+def calibrate_keys(
+    model: str,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: float = 0.6,
+    windows: int = 128,
+    seq_len: int = 1024,
+    observation: int | None = None,
+    multiple: int = 16,
+    device: str | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Calibrated:
+    """Average ThinK's channel scores over windows of `data`, choose `keep` of every KV head's channels, write `out`.
+
+    The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
+    last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`
+    hears the number of windows done and their tokens in all.
+
+    Raises:
+        BadInput: settings, model or data that cannot be used; data without text.
+    """
+    for name, value in (("windows", windows), ("seq_len", seq_len - _LEAST_TOKENS + 1), ("multiple", multiple)):
+        if value < 1:
+            raise BadInput(f"{name} is too small; {name} >= {_LEAST_TOKENS if name == 'seq_len' else 1}")
+    if observation is not None and observation < 1:
+        raise BadInput(f"observation = {observation}: at least one query must choose the channels")
+    kept_count(8, keep)  # the range, before a model is loaded
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise BadInput(f"--out {path}: no such directory {path.parent}; make it first")
+    directory = resolve_checkpoint(model)
+    tokenizer = load_tokenizer(str(directory))
+    loaded = _load(directory, device)
+    # imported late, as transformers is
+    from memopt.patches.hf_calibrate import score_channels
+
+    used, seen = 0, 0
+
+    def count(tokens: int) -> None:
+        nonlocal used, seen
+        used, seen = used + 1, seen + tokens
+        if on_window is not None:
+            on_window(used, seen)
+
+    vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
+    cut = _windows(tokenizer, data, vocabulary, seq_len, windows)
+    try:
+        identity, scores, tokens = score_channels(loaded, cut, observation=observation, on_window=count)
+    except BadInput as error:
+        if used:
+            raise
+        raise BadInput(f"data {data}: {error} (at least {_LEAST_TOKENS} tokens in one document)") from error
+    wanted = kept_count(identity.head_dim, keep, multiple=multiple)
+    sets = ChannelSets(
+        model=identity, keep=keep, keys={layer: choose(mean, wanted) for layer, mean in scores.items()}, tokens=tokens
+    )
+    save_channels(path, sets)
+    return Calibrated(path=path, sets=sets, windows=used)
+
+
+def _windows(
+    tokenizer: Any, data: str | os.PathLike[str], vocabulary: int, seq_len: int, limit: int
+) -> Iterator[Tensor]:
+    """Windows of one document each, in order; the rest of a document is a window if it is long enough."""
+    given, document = 0, torch.empty(0, dtype=torch.long)
+    for piece in checked_vocabulary(Encoder(tokenizer).encode(read_records(data)), vocabulary):
+        if piece.first:
+            if len(document) >= _LEAST_TOKENS:
+                yield document
+                given += 1
+            document = document[:0]
+        document = torch.cat([document, torch.as_tensor(piece.ids, dtype=torch.long)])
+        while len(document) >= seq_len and given < limit:
+            yield document[:seq_len]
+            document, given = document[seq_len:], given + 1
+        if given >= limit:
+            return
+    if len(document) >= _LEAST_TOKENS:
+        yield document
+
+
+def _load(directory: Path, device: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
+        return model.to(place).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{directory}: the model cannot be loaded on {place} ({first})") from error
