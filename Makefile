@@ -1,7 +1,7 @@
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: venv check test test-deepspeed demo clean
+.PHONY: venv check test test-html test-deepspeed demo clean
 
 venv: .venv/.installed
 
@@ -16,6 +16,11 @@ check: venv
 
 test: venv
 	scripts/test
+
+# the report's page in a real browser
+test-html: venv
+	scripts/install-chromium
+	scripts/test -m browser
 
 # the tests against DeepSpeed itself, in an environment of its own: memopt has to work without it
 test-deepspeed: .venv-deepspeed/.installed

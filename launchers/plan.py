@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def run(flags: dict[str, Any], file: Path | None) -> None:
     forecast = plan(config)
     _write(forecast, config)
     if config.json:
-        typer.echo(json.dumps(forecast.to_dict(), indent=1))
+        typer.echo(forecast.to_json(), nl=False)
     elif not config.quiet:
         from memopt.profiler.forecast_render import render
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from memopt.errors import BadInput
+from memopt.forecast_types import Forecast
 from memopt.report_types import Report
 
 _STDOUT = Path("-")
@@ -46,7 +47,7 @@ def _report(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checked JSON instead of a table.")] = False,
 ) -> None:
-    """Show a saved report: budgets, predictions, measured peaks and what the bytes were.
+    """Show a saved report (or plan): budgets, predictions, measured peaks and what the bytes were.
 
     Several outputs can be asked for at once. The table is printed when nothing else is asked for, or with --compare.
     """
@@ -57,6 +58,11 @@ def _report(
     if as_json and markdown == _STDOUT:
         raise BadInput("--json and --markdown - both want stdout; give one of them a file")
     _refuse_to_overwrite([file, base, merge], [page, perfetto, markdown])
+    if Forecast.is_at(file):
+        if any(each is not None for each in (page, perfetto, base)):
+            raise BadInput(f"{str(file)!r} is a plan, not a report: it has tables, --markdown and --json only")
+        _show_plan(Forecast.load(file), markdown, as_json)
+        return
     report = Report.load(file)
     over = False
     comparison = None
@@ -96,6 +102,21 @@ def _report(
         render(report)
     if over:
         raise typer.Exit(1)
+
+
+def _show_plan(forecast: Forecast, markdown: Path | None, as_json: bool) -> None:
+    from memopt.profiler.forecast_render import markdown as plan_markdown
+    from memopt.profiler.forecast_render import render
+    from memopt.profiler.markdown import save_markdown
+
+    if markdown == _STDOUT:
+        typer.echo(plan_markdown(forecast), nl=False)
+    elif markdown is not None:
+        save_markdown(plan_markdown(forecast), markdown)
+    if as_json:
+        typer.echo(forecast.to_json(), nl=False)
+    elif markdown is None:
+        render(forecast)
 
 
 def _refuse_to_overwrite(inputs: list[Path | None], outputs: list[Path | None]) -> None:

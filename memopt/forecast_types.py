@@ -116,12 +116,25 @@ class Forecast:
         """Plain JSON data."""
         return dataclasses.asdict(self)
 
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the JSON in one atomic step. Raises BadInput when the path cannot be written."""
         try:
-            atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+            atomic.write_text(Path(path), self.to_json())
         except OSError as error:
             raise BadInput(f"plan {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+
+    @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Whether there is a file that says it is a plan; False for anything else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(data, dict) and data.get("schema") == SCHEMA
 
     @classmethod
     def load(cls, path: str | Path) -> Forecast:

@@ -22,8 +22,7 @@ def touched(nbytes):
 
 def run(pytester: pytest.Pytester, code: str, *arguments: str) -> pytest.RunResult:
     pytester.makepyfile(PREAMBLE + code)
-    plugin = ("-p", "memopt.profiler.pytest_plugin")
-    return pytester.runpytest_subprocess(*plugin, "-p", "no:cacheprovider", "--strict-markers", "-Werror", *arguments)
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "--strict-markers", "-Werror", *arguments)
 
 
 def test_budgets_are_growth_unless_absolute(pytester: pytest.Pytester) -> None:
@@ -183,5 +182,5 @@ def test_imports():
 """,
     )
     done.assert_outcomes(passed=1)
-    markers = pytester.runpytest_subprocess("-p", "memopt.profiler.pytest_plugin", "--markers")
+    markers = pytester.runpytest_subprocess("--markers")
     markers.stdout.fnmatch_lines(["@pytest.mark.memory_budget(dram=None, gpu=None, ssd_write=None, absolute=False): *"])

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from memopt.launchers import main
+from memopt.profiler.forecast_render import markdown as forecast_markdown
 from memopt.report_types import Report
 from memopt.units import MiB
 from tests.report_samples import full_report, sample_report
+from tests.test_forecast_types import sample as sample_forecast
 
 
 @pytest.fixture
@@ -126,3 +128,17 @@ def test_truncated_foreign_and_newer_files_are_one_clear_line(
         assert (code, out) == (2, "")
         assert message in err and err.count("\n") == 1
         assert not (tmp_path / "bad.html").exists()
+
+
+def test_a_plan_is_shown_as_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    forecast = sample_forecast()
+    forecast.save(file)
+    code, out, _ = said(capsys, file)
+    assert code == 0 and "backward" in out and "weights" in out
+    assert said(capsys, file, "--json")[1] == forecast.to_json()
+    assert said(capsys, file, "--markdown", "-")[1] == forecast_markdown(forecast)
+    assert said(capsys, file, "--markdown", tmp_path / "plan.md")[0] == 0
+    assert (tmp_path / "plan.md").read_text() == forecast_markdown(forecast)
+    code, out, err = said(capsys, file, "--html", tmp_path / "plan.html")
+    assert (code, out) == (2, "") and "is a plan, not a report" in err

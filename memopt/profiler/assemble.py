@@ -175,8 +175,7 @@ def _verdict(tiers: Tiers, measured: Measured) -> Verdict:
 
 
 def _own_notes(measured: Measured, machine: Machine) -> list[str]:
-    share = measured.cost_s / measured.wall_s if measured.wall_s > 0 else 0.0
-    notes = [f"profiler: {measured.samples} samples, {measured.cost_s:.3f} s of CPU time ({share:.2%} of the run)"]
+    notes = []
     if measured.gpu_guessed:
         notes.append(
             "the GPU's driver does not tell this job's processes apart here: what the device holds more than at the "

@@ -281,7 +281,7 @@ class _Begun:
 
     def __init__(self, readers: Readers) -> None:
         self.readers = readers
-        self.iso = datetime.now(UTC).isoformat(timespec="seconds")
+        self.iso = datetime.now(UTC).isoformat(timespec="microseconds")
         self.at_s = time.monotonic()
         self.cpu_s = time.process_time()
         readers.tree.sample(fresh=True)
