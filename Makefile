@@ -1,7 +1,7 @@
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: venv check test test-deepspeed test-vllm demo clean
+.PHONY: venv check test test-html test-deepspeed test-vllm demo clean
 
 venv: .venv/.installed
 
@@ -17,6 +17,11 @@ check: venv
 test: venv
 	scripts/test
 
+# the report's page in a real browser
+test-html: venv
+	scripts/install-chromium
+	scripts/test -m browser
+
 # the tests against DeepSpeed itself, in an environment of its own: memopt has to work without it
 test-deepspeed: .venv-deepspeed/.installed
 	.venv-deepspeed/bin/python -m pytest -q -rs -m deepspeed
@@ -28,7 +33,7 @@ test-deepspeed: .venv-deepspeed/.installed
 
 # the tests inside vLLM's CPU build, in an environment of its own: vLLM pins most of what it needs
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -q -rs -m vllm
+	.venv-vllm/bin/python -m pytest -q -rs -m vllm tests/test_vllm_*.py
 
 .venv-vllm/.installed: pyproject.toml setup.py constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm

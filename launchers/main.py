@@ -1,7 +1,7 @@
 """The program `memopt`: collects the subcommands and turns errors into one line and an exit code.
 
-Exit codes: 0 done and within budget; 1 over budget or infeasible; 2 bad usage or input; 70 a defect of memopt;
-130 interrupted.
+Exit codes: 0 done and within budget; 1 over budget or infeasible; 2 bad usage or input; 3 a prediction missed by more
+than asked for; 70 a defect of memopt; 130 interrupted. `memopt profile` passes the code of a failed command through.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 from memopt.errors import BadInput, MemoptError
 
 # Modules of this package with `register(app)`, in the order of the help; none of them may import torch at its top.
-_MODULES = ("finetune", "calibrate_keys", "store_commands", "probe", "report", "demo")
+_MODULES = ("plan", "finetune", "profile", "store_commands", "probe", "report", "calibrate_keys", "demo")
 _EXIT_DEFECT = 70
 _EXIT_INTERRUPTED = 130
 

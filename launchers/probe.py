@@ -25,7 +25,7 @@ def _probe(
     size: Annotated[str, typer.Option("--size", help="Size of the temporary test file.")] = "512MiB",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but the profile or errors.")] = False,
 ) -> None:
-    """Measure this machine: capacities, the drive's bandwidth, copies to the GPU; print a profile for --machine."""
+    """Measure this machine (memory, drive, arithmetic, copies to the GPU) and print a profile for --machine."""
     nbytes = parse_bytes(size, field="--size")
     # imported late: usage errors come before torch
     from memopt.jobs.probe import probe

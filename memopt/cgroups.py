@@ -32,11 +32,32 @@ class Limit:
     file: Path
 
 
-def groups(controller: str, root: Path = _ROOT) -> list[Group]:
-    """The groups this process is in for `controller`, the nearest first, up to the mount of each hierarchy."""
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How often something happened so far, and the file that says so."""
+
+    count: int
+    file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of one group now. `file_bytes`: of those, page cache, which the kernel takes back when it needs it."""
+
+    used_bytes: int
+    file_bytes: int
+
+    @property
+    def working_set_bytes(self) -> int:
+        """What is used less all file pages (kubelet subtracts only the inactive ones)."""
+        return max(0, self.used_bytes - self.file_bytes)
+
+
+def groups(controller: str, root: Path = _ROOT, pid: int | str = "self") -> list[Group]:
+    """The groups a process is in for `controller`, the nearest first, up to the mount of each hierarchy."""
     found: list[Group] = []
     mounts = _mounts(root)
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in _lines(root / f"proc/{pid}/cgroup"):
         _, _, rest = line.partition(":")
         names, _, inside = rest.partition(":")
         if names and controller not in names.split(","):
@@ -49,10 +70,13 @@ def groups(controller: str, root: Path = _ROOT) -> list[Group]:
     return found
 
 
-def memory_limit(root: Path = _ROOT) -> Limit | None:
-    """The smallest memory limit on the way up. v2's `memory.high` counts: passing it throttles a job to a crawl."""
+def memory_limit(root: Path = _ROOT, inside: Group | None = None) -> Limit | None:
+    """The smallest memory limit on the way up. v2's `memory.high` counts: passing it throttles a job to a crawl.
+
+    `inside`: a group below this process's own one, to begin with.
+    """
     limits = []
-    for group in groups("memory", root):
+    for group in [*([inside] if inside else []), *groups("memory", root)]:
         names = ("memory.limit_in_bytes",) if group.version == 1 else ("memory.max", "memory.high")
         for name in names:
             value = _number(group.path / name)
@@ -80,15 +104,45 @@ def whole_cpus(available: int, quota: float | None) -> int:
     return max(1, available if quota is None else min(available, math.ceil(quota)))
 
 
+def memory_group(root: Path = _ROOT) -> Group | None:
+    """This process's own memory group; None where there is none."""
+    return next(iter(groups("memory", root)), None)
+
+
+def memory_usage(group: Group) -> Usage | None:
+    """What a memory group uses now, page cache included; None where the kernel does not say (the root of v2)."""
+    version = group.version
+    used = _number(group.path / ("memory.usage_in_bytes" if version == 1 else "memory.current"))
+    if used is None:
+        return None
+    prefix = "total_" if version == 1 else ""
+    stat = _keyed(group.path / "memory.stat")
+    return Usage(used, sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive")))
+
+
+def memory_mark(group: Group) -> int | None:
+    """The most a group ever used, page cache included, since it was made; None where the kernel keeps no mark."""
+    return _number(group.path / ("memory.max_usage_in_bytes" if group.version == 1 else "memory.peak"))
+
+
+def kill_count(group: Group) -> Count | None:
+    """Processes of a memory group that the kernel killed for memory; None where it does not count them."""
+    file = group.path / ("memory.events" if group.version == 2 else "memory.oom_control")
+    kills = _keyed(file).get("oom_kill")
+    return None if kills is None else Count(kills, file)
+
+
+def machine_kill_count(root: Path = _ROOT) -> Count | None:
+    """The same for the whole machine, every container of it."""
+    file = root / "proc/vmstat"
+    kills = _keyed(file).get("oom_kill")
+    return None if kills is None else Count(kills, file)
+
+
 def oom_kills(root: Path = _ROOT) -> int | None:
     """Processes the kernel killed for memory in this process's own group so far; None where it does not count them."""
-    for group in groups("memory", root):
-        name = "memory.events" if group.version == 2 else "memory.oom_control"
-        for line in _lines(group.path / name):
-            key, _, value = line.partition(" ")
-            if key == "oom_kill" and value.isdigit():
-                return int(value)
-    return None
+    found = (kill_count(group) for group in groups("memory", root))
+    return next((count.count for count in found if count is not None), None)
 
 
 def _upwards(root: Path, mount_point: Path, mount_root: str, inside: str, version: int) -> list[Group]:
@@ -134,3 +188,9 @@ def _lines(file: Path) -> list[str]:
 def _number(file: Path) -> int | None:
     text = _text(file)
     return int(text) if text.isdigit() else None
+
+
+def _keyed(file: Path) -> dict[str, int]:
+    """A file of `name number` lines."""
+    pairs = (line.split(" ") for line in _lines(file))
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

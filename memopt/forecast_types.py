@@ -44,14 +44,15 @@ class PhaseForecast:
 class StepTime:
     """Seconds of one step (training) or one token (decoding) from the machine's bandwidths.
 
-    `hidden` says what runs behind what; `bound` is what sets the pace.
+    `hidden` says what runs behind what; `bound` is what sets the pace (memory: the computing device's own, where
+    reading weights takes longer than the products).
     """
 
     step_s: float
     compute_s: float
     transfer_s: float = 0.0
     ssd_s: float = 0.0
-    bound: Literal["compute", "transfer", "ssd"] = "compute"
+    bound: Literal["compute", "memory", "transfer", "ssd"] = "compute"
     hidden: str = ""
     tokens_per_s: float | None = None
 
@@ -115,12 +116,25 @@ class Forecast:
         """Plain JSON data."""
         return dataclasses.asdict(self)
 
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the JSON in one atomic step. Raises BadInput when the path cannot be written."""
         try:
-            atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+            atomic.write_text(Path(path), self.to_json())
         except OSError as error:
             raise BadInput(f"plan {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+
+    @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Whether there is a file that says it is a plan; False for anything else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(data, dict) and data.get("schema") == SCHEMA
 
     @classmethod
     def load(cls, path: str | Path) -> Forecast:

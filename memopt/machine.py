@@ -26,6 +26,9 @@ class Machine:
     """Capacities (bytes) and bandwidths (bytes per second) of one host. None = not known, or not there.
 
     `unified`: GPU and DRAM are one pool, counted once, in `dram_bytes`; `gpu_bytes` is then None.
+    `cpu_flops`, `gpu_flops`: floating-point operations per second of a large matrix product, float32 on the CPU's cores
+    together and bfloat16 on the GPU. `dram_per_s`, `gpu_memory_per_s`: bytes per second at which a matrix-vector
+    product reads the matrix.
     `ssd_mixed_per_s`: reads and writes at once, both directions added. `assumed`: numbers of a profile, not measured.
     """
 
@@ -44,6 +47,10 @@ class Machine:
     ssd_endurance_bytes: int | None = None
     h2d_per_s: int | None = None
     d2h_per_s: int | None = None
+    cpu_flops: int | None = None
+    gpu_flops: int | None = None
+    dram_per_s: int | None = None
+    gpu_memory_per_s: int | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

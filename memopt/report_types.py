@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from memopt import atomic
+from memopt import atomic, journal
 from memopt.decode import decode
 from memopt.errors import BadInput
 from memopt.machine import Machine
@@ -249,8 +249,13 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a saved report. Raises BadInput when it is missing, cut short, something else, or newer than this."""
+        """Read a saved report. Raises BadInput when it is missing, cut short, something else, or newer than this.
+
+        Where the profiler was killed, or has not finished yet, its journal beside `path` tells what it saw until then.
+        """
         where = f"report {str(path)!r}"
+        if journal.is_newest(Path(path)):
+            return cls.from_dict(journal.restore(Path(path)), where=where)
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:

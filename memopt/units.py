@@ -43,6 +43,15 @@ def parse_bytes(value: int | str, capacity_bytes: int | None = None, *, field: s
     return int(number * _UNITS[unit])
 
 
+def parse_share(text: str, *, field: str) -> float:
+    """A share of one meant by `10%` or `0.1`. Raises BadInput, naming `field`."""
+    match = _SIZE.fullmatch(text)
+    share = None if match is None else Fraction(match[1]) / (100 if match[2] == "%" else 1)
+    if match is None or share is None or match[2] not in ("", "%") or share < 0 or (share > 1 and not match[2]):
+        raise BadInput(f"{field}: {text!r} is not a share; write it like 10% or 0.1")
+    return float(share)
+
+
 def _share(percent: Fraction, text: str, capacity_bytes: int | None, field: str) -> int:
     if capacity_bytes is None:
         raise BadInput(f"{field}: {text!r} is a share of an unknown capacity; write a size like 24GiB")

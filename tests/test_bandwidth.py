@@ -95,10 +95,21 @@ def test_probe_is_a_machine_that_can_be_loaded(tmp_path: Path) -> None:
     assert machine.ssd_write_per_s
     assert machine.ssd_mixed_per_s
     assert machine.ssd_read_iops
+    assert machine.cpu_flops
+    assert machine.dram_per_s
     assert any("16.00 MiB" in note for note in machine.notes)
     file = tmp_path / "machine.toml"
     file.write_text(machine.to_toml())
     assert Machine.load(file) == machine
+    assert f"cpu_flops = {machine.cpu_flops}\n" in file.read_text()  # operations are no bytes
+
+
+def test_speeds_are_those_of_the_products_that_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says each product took half a second, the rates are known."""
+    monkeypatch.setattr(probe_job, "_median_s", lambda work, on_gpu: (work(), 0.5)[1])
+    speed = probe_job.compute_speed("cpu", side=10, nbytes=3 * 4096 * 4 + 5)
+    assert speed.flops == 2 * 10**3 / 0.5
+    assert speed.memory_per_s == 3 * 4096 * 4 / 0.5
 
 
 @pytest.mark.gpu

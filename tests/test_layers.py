@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "memopt"
 # Each line may import only from lines above it. Packages (folders) of one line never import each other; the plain
 # modules at the top may import modules of their own line, in no circle.
 LINES: tuple[tuple[str, ...], ...] = (
-    ("errors", "tiers", "units", "atomic", "cgroups", "decode"),
+    ("errors", "tiers", "units", "atomic", "cgroups", "decode", "journal"),
     ("budget", "machine", "plan_types", "optim_types", "report_types", "forecast_types"),
     ("ledger",),
     ("store",),

@@ -30,7 +30,8 @@ def tree_files(root: Path) -> set[str]:
     for directory, folders, files in os.walk(root / "memopt", followlinks=True):
         folders[:] = [folder for folder in folders if folder != "__pycache__"]
         for file in files:
-            if file.endswith((".py", ".toml")) or file == "py.typed":
+            data = file == "py.typed" or Path(directory).name in ("page", "vendor")
+            if data or file.endswith((".py", ".toml")):
                 found.add(str((Path(directory) / file).relative_to(root)))
     return found
 
@@ -99,6 +100,7 @@ def test_the_wheel_holds_the_whole_tree_and_the_kernels(wheel: Path, source: Pat
     inside = {name for name in names_in(wheel) if name.startswith("memopt/")}
     assert inside == tree_files(source) | ({KERNELS} if compiler_works else set())
     assert {"memopt/py.typed", "memopt/profiles/ci-2g.toml", "memopt/launchers/main.py"} <= inside
+    assert {"memopt/profiler/page/report.js", "memopt/profiler/vendor/uPlot-LICENSE"} <= inside
 
 
 def test_the_kernels_in_the_wheel_are_for_the_platform_and_any_python(

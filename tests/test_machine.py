@@ -166,6 +166,9 @@ def test_presets(name: str) -> None:
     assert machine.ssd_read_per_s is not None
     assert machine.ssd_write_per_s is not None
     assert machine.ssd_mixed_per_s is not None
+    assert machine.cpu_flops
+    assert machine.dram_per_s
+    assert bool(machine.gpu_flops) == bool(machine.gpu_memory_per_s) == bool(machine.gpu_name)
     if machine.gpu_name and not machine.unified:
         assert machine.gpu_bytes
         assert machine.h2d_per_s

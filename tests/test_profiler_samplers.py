@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from memopt.profiler import samplers
+from memopt.profiler import samplers, tree_sampler
 from memopt.profiler.samplers import ProcessMemory
-from memopt.profiler.tree_sampler import TreeSampler, tree_io
+from memopt.profiler.tree_sampler import TreeSampler
 from memopt.units import KiB, MiB
 
 SIZE = 48 * MiB
@@ -114,15 +115,20 @@ def test_a_process_that_is_gone_is_none() -> None:
     gone = 2**22 + 1  # above the largest pid_max
     assert samplers.process_memory(gone) is None
     assert samplers.process_io(gone) is None
-    assert samplers.children(gone) == []
-    assert samplers.tree_memory([gone]) == ProcessMemory()
+    assert samplers.proportional_memory(gone) is None
+    assert samplers.descendants(gone) == []
+    sampler = TreeSampler(gone)
+    assert sampler.sample(fresh=True).charged_bytes == 0
+    assert sampler.io() == (0, 0)
 
 
 def test_writes_are_counted_also_those_of_ended_children(tmp_path: Path) -> None:
     before = samplers.process_io()
     if before is None:
         pytest.skip("the kernel does not count I/O per process")
-    tree_before = tree_io()[1]
+    sampler = TreeSampler()
+    sampler.sample()
+    tree_before = sampler.io()[1]
     with (tmp_path / "own").open("wb") as file:
         file.write(bytes(8 * MiB))
         file.flush()
@@ -135,7 +141,8 @@ def test_writes_are_counted_also_those_of_ended_children(tmp_path: Path) -> None
     code = f"import os; f = open({str(tmp_path / 'child')!r}, 'wb'); f.write(bytes({16 * MiB})); f.close()"
     subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True)
     # from the tree's own count: helpers that other tests started are children of this process too
-    assert 24 * MiB <= tree_io()[1] - tree_before < 24 * MiB + 2 * SLACK
+    assert 24 * MiB <= sampler.io()[1] - tree_before < 24 * MiB + 2 * SLACK
+    sampler.close()
 
 
 def test_a_childs_memory_is_in_the_tree() -> None:
@@ -148,7 +155,7 @@ def test_a_childs_memory_is_in_the_tree() -> None:
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            assert child.pid in samplers.children()
+            assert child.pid in samplers.descendants()
             during = sampler.sample(fresh=True)
         after = sampler.sample(fresh=True)
     finally:
@@ -156,6 +163,64 @@ def test_a_childs_memory_is_in_the_tree() -> None:
         sampler.close()
     assert SIZE <= during.charged_bytes - before.charged_bytes < SIZE + 16 * MiB
     assert after.charged_bytes - before.charged_bytes < SLACK
+
+
+def test_a_large_tree_keeps_few_files_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_sampler, "_KEPT_OPEN", 2)
+    code = (
+        "import os, sys\nx = bytearray(b'1') * (16 << 20)\n"
+        "for _ in range(5):\n    if os.fork() == 0:\n        sys.stdin.read()\n        os._exit(0)\n"
+        "print('ready', flush=True); sys.stdin.read()\nfor _ in range(5): os.wait()"
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    with subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        sampler = TreeSampler(child.pid)
+        during = sampler.sample(fresh=True)
+        assert len(sampler.pids()) == 6
+        assert len(os.listdir("/proc/self/fd")) == before + 4, "two pipes and two files"
+        child.communicate(b"")
+    assert 16 * MiB < during.charged_bytes < 32 * MiB, "what the forks share counts once"
+    assert sampler.sample(fresh=True).charged_bytes == 0
+    assert sampler.pids() == []
+    sampler.close()
+
+
+def test_a_child_in_its_parents_own_memory_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # vfork, and the child waits before it would exec: the parent stands still meanwhile
+    code = (
+        "import ctypes, mmap, sys\nx = bytearray(b'1') * (64 << 20)\nlibc = ctypes.PyDLL(None)\n"
+        "print('ready', flush=True); sys.stdin.read(1)\n"
+        "libc.vfork.restype = ctypes.c_int\nif libc.vfork() == 0:\n    libc.sleep(30)\n    libc._exit(0)\n"
+        "import os\nos._exit(0)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        sampler = TreeSampler(child.pid)
+        alone = sampler.sample(fresh=True).charged_bytes
+        child.stdin.write(b"x")
+        child.stdin.flush()
+        while not (begotten := samplers.descendants(child.pid)):
+            assert child.poll() is None
+        assert samplers.share_memory(begotten[0], child.pid)
+        assert not samplers.share_memory(os.getpid(), child.pid)
+        both = sampler.sample(fresh=True).charged_bytes
+        assert len(sampler.pids()) == 2
+        monkeypatch.setattr(samplers, "_KCMP", {})
+        assert samplers.share_memory(begotten[0], child.pid), "by their numbers"
+        assert not samplers.share_memory(os.getpid(), child.pid)
+        sampler.close()
+        for pid in (begotten[0], child.pid):  # neither may go on: the child has used the parent's stack
+            os.kill(pid, signal.SIGKILL)
+    assert alone > 64 * MiB
+    assert abs(both - alone) < SLACK
 
 
 def test_resident_bytes_counts_blocks_once(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -155,7 +158,7 @@ def test_many_phases_stay_few() -> None:
 series = st.lists(st.integers(0, 1000), min_size=1, max_size=500)
 
 
-@given(series, st.integers(4, 33))
+@given(series, st.integers(6, 33))
 def test_thinning_keeps_peaks_valleys_and_order(values: list[int], max_points: int) -> None:
     thinner = Thinner(max_points)
     given_points = [Point(float(index), value) for index, value in enumerate(values)]
@@ -188,3 +191,52 @@ def test_few_points_are_all_kept() -> None:
     assert thinner.timeline().dram_bytes == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="max_points"):
         Thinner(3)
+
+
+def test_another_process_is_watched_without_this_one_and_may_vanish() -> None:
+    code = f"import sys; x = bytearray(b'1') * {SIZE}; print('ready', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-S", "-E", "-c", code], stdin=-1, stdout=-1) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        own = touched(4 * SIZE)
+        with Session(root_pid=child.pid) as session:
+            assert session.pids() == [child.pid]
+            child.kill()
+            child.wait()
+            assert session.sample() == 0
+        own.close()
+    measured = session.stop()
+    assert SIZE < measured.dram_peak_bytes < SIZE + 2 * SLACK
+    assert measured.dram_start_bytes == measured.dram_peak_bytes
+    assert measured.own_dram_bytes is not None
+    assert measured.own_dram_bytes > 0
+    with Session(root_pid=2**22 + 1) as nobody:
+        pass
+    assert nobody.stop().dram_peak_bytes == 0
+
+
+def test_a_step_of_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Session(interval_s=0.005) as session:
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        with session.phase("after the step"):
+            session.sample()
+        monkeypatch.setattr(time, "time", lambda: 4e9)
+    measured = session.stop()
+    assert 0 < measured.wall_s < 60
+    assert measured.timeline.t_s == sorted(measured.timeline.t_s)
+    (phase,) = measured.phases
+    assert 0 <= phase.start_s <= phase.end_s <= measured.wall_s
+
+
+def test_many_short_phases_cost_little_and_still_have_peaks() -> None:
+    with Session(interval_s=1.0) as session:
+        begun = session._running()
+        begun.edge_cost_s = 1e9  # all that the ends of phases may cost is spent
+        before = session._seen.samples
+        for _ in range(100):
+            with session.phase("step"):
+                pass
+        assert session._seen.samples - before < 100
+    phases = session.stop().phases
+    assert len(phases) == 100
+    assert all((phase.dram_peak_bytes or 0) > 0 for phase in phases)

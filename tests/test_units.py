@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memopt.errors import BadInput
-from memopt.units import GiB, KiB, MiB, TiB, exact_bytes, format_bytes, format_per_s, format_s, parse_bytes
+from memopt.units import GiB, KiB, MiB, TiB, exact_bytes, format_bytes, format_per_s, format_s, parse_bytes, parse_share
 
 
 @pytest.mark.parametrize(
@@ -123,3 +123,14 @@ def test_formats_rates() -> None:
 )
 def test_formats_seconds(seconds: float, text: str) -> None:
     assert format_s(seconds) == text
+
+
+@pytest.mark.parametrize(("text", "share"), [("10%", 0.1), ("0.1", 0.1), ("1", 1.0), ("250%", 2.5), ("0%", 0.0)])
+def test_shares(text: str, share: float) -> None:
+    assert parse_share(text, field="--tolerance") == share
+
+
+@pytest.mark.parametrize("text", ["", "ten", "10", "-1%", "10MiB", "1%%"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(BadInput, match="--tolerance: .* is not a share; write it like 10% or 0.1"):
+        parse_share(text, field="--tolerance")

@@ -10,9 +10,13 @@ from memopt import __version__
 from memopt.ledger import Ledger
 from memopt.machine import Machine
 from memopt.plan_types import Prediction
-from memopt.profiler.session import Measured
-from memopt.report_types import DramUse, GpuUse, IoUse, Report, SsdUse, Tiers, Verdict
-from memopt.tiers import Category, Tier
+from memopt.profiler.measured import Measured, by_category
+from memopt.report_types import ChildUse, DramUse, GpuUse, IoUse, Overhead, Report, SsdUse, Tiers, Verdict
+from memopt.tiers import Tier
+from memopt.units import GiB, MiB, format_bytes, format_s
+
+_DAY_S = 24 * 60 * 60
+_WORTH_TELLING_BYTES = GiB  # less than this says nothing of a day
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +31,16 @@ class IoTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """What the job itself has to say; all of it goes into the report as it is. `predicted` is the plan's."""
+    """What the job itself has to say; all of it goes into the report as it is. `predicted` is the plan's.
+
+    `write_budget_bytes`: what the process tree may write to devices.
+    """
 
     command: Sequence[str] = ()
     predicted: Mapping[Tier, Prediction] = field(default_factory=dict)
     predicted_write_bytes: int | None = None
+    write_budget_bytes: int | None = None
+    child: ChildUse | None = None
     results: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     reasons: Sequence[str] = ()
@@ -41,12 +50,8 @@ class Story:
 def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None = None) -> Report:
     """The report of one job. A tier nothing was measured, charged or budgeted on is left out (None)."""
     tiers = Tiers(
-        gpu=_gpu(measured, ledger, story.predicted),
-        dram=DramUse(
-            upper_bound_bytes=measured.dram_upper_bound_bytes,
-            file_bytes=measured.file_peak_bytes,
-            **_common(Tier.DRAM, measured.dram_peak_bytes, ledger, story.predicted),
-        ),
+        gpu=_gpu(measured, ledger, machine, story.predicted),
+        dram=_dram(measured, ledger, story.predicted),
         ssd=_ssd(measured, ledger, machine, story, io),
     )
     return Report(
@@ -63,17 +68,21 @@ def assemble(measured: Measured, ledger: Ledger, machine: Machine, story: Story,
         results=dict(story.results),
         config=dict(story.config),
         reasons=list(story.reasons),
-        notes=[*machine.notes, *story.notes, *_own_notes(measured)],
+        notes=[*machine.notes, *story.notes, *_own_notes(measured, machine)],
+        child=story.child,
+        overhead=Overhead(samples=measured.samples, cpu_s=measured.cost_s, dram_bytes=measured.own_dram_bytes),
     )
 
 
-def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> dict[str, Any]:
+def _common(
+    tier: Tier, peak: int | None, measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]
+) -> dict[str, Any]:
     budget = ledger.budget.bytes_of(tier)
-    at_peak = {str(category): nbytes for category, nbytes in ledger.at_peak(tier).items()}
     charged = ledger.peak_bytes(tier)
-    if peak is not None:
-        # signed: below zero, more was charged than the process ever touched
-        at_peak[Category.OTHER] += peak - charged
+    by = measured.at_peak.get(tier)
+    attributed_by = measured.attributed_by if by is not None else "ledger" if charged else None
+    # without attribution at the measured peak: what was charged at the ledger's own peak
+    by = ledger.at_peak(tier) if by is None else by
     forecast = predicted.get(tier)
     return {
         "budget_bytes": budget,
@@ -81,8 +90,9 @@ def _common(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tie
         "charged_peak_bytes": charged,
         "predicted_bytes": None if forecast is None else forecast.total_bytes,
         "within": None if budget is None or peak is None else peak <= budget,
-        "at_peak": at_peak,
-        "attributed_by": "ledger" if charged else None,
+        "at_peak": by_category(by, sum(by.values()) if peak is None else peak),
+        "attributed_by": attributed_by,
+        "kinds_at_peak": dict(measured.kinds_at_peak.get(tier, {})),
         "predicted_at_peak": {} if forecast is None else {str(what): n for what, n in forecast.by_category.items()},
     }
 
@@ -93,25 +103,53 @@ def _used(tier: Tier, peak: int | None, ledger: Ledger, predicted: Mapping[Tier,
     )
 
 
-def _gpu(measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> GpuUse | None:
+def _dram(measured: Measured, ledger: Ledger, predicted: Mapping[Tier, Prediction]) -> DramUse:
+    container = measured.container
+    return DramUse(
+        upper_bound_bytes=measured.dram_upper_bound_bytes,
+        file_bytes=measured.file_peak_bytes,
+        proportional_bytes=measured.proportional_bytes,
+        locked_bytes=measured.locked_bytes,
+        page_cache_bytes=measured.page_cache_bytes,
+        limit_bytes=container.limit_bytes,
+        limit_file=container.limit_file,
+        working_set_bytes=container.working_set_bytes,
+        container_peak_bytes=container.peak_bytes,
+        oom_kills=container.oom_kills,
+        **_common(Tier.DRAM, measured.dram_peak_bytes, measured, ledger, predicted),
+    )
+
+
+def _gpu(measured: Measured, ledger: Ledger, machine: Machine, predicted: Mapping[Tier, Prediction]) -> GpuUse | None:
     peak = measured.gpu_peak_bytes
     if not _used(Tier.GPU, peak, ledger, predicted):
         return None
-    return GpuUse(**_common(Tier.GPU, peak, ledger, predicted))
+    common = _common(Tier.GPU, peak, measured, ledger, predicted)
+    if machine.unified:  # one pool: DRAM's budget and verdict are about these bytes too
+        common.update(budget_bytes=None, within=None)
+    return GpuUse(
+        devices=measured.devices,
+        pinned_bytes=measured.pinned_bytes,
+        alloc_retries=measured.alloc_retries,
+        **common,
+    )
 
 
 def _ssd(measured: Measured, ledger: Ledger, machine: Machine, story: Story, io: IoTotals | None) -> SsdUse | None:
     peak = measured.ssd_peak_bytes
-    if io is None and not _used(Tier.SSD, peak, ledger, story.predicted):
+    moved = measured.process_read_bytes + measured.process_write_bytes >= MiB
+    if not (moved or io or story.write_budget_bytes or _used(Tier.SSD, peak, ledger, story.predicted)):
         return None
     return SsdUse(
+        write_budget_bytes=story.write_budget_bytes,
+        disks=measured.disks,
         read_bytes=io.read_bytes if io else None,
         write_bytes=io.write_bytes if io else None,
         process_read_bytes=measured.process_read_bytes,
         process_write_bytes=measured.process_write_bytes,
         predicted_write_bytes=story.predicted_write_bytes,
         endurance_bytes=machine.ssd_endurance_bytes,
-        **_common(Tier.SSD, peak, ledger, story.predicted),
+        **_common(Tier.SSD, peak, measured, ledger, story.predicted),
     )
 
 
@@ -129,14 +167,38 @@ def _io(io: IoTotals | None) -> IoUse:
 
 def _verdict(tiers: Tiers, measured: Measured) -> Verdict:
     verdicts = [use.within for use in (tiers.gpu, tiers.dram, tiers.ssd) if use is not None]
+    if tiers.ssd is not None and tiers.ssd.write_budget_bytes is not None:
+        verdicts.append((tiers.ssd.process_write_bytes or 0) <= tiers.ssd.write_budget_bytes)
     if False in verdicts or measured.oom_kills > 0:
         return "over"
     return "within" if True in verdicts else "unbounded"
 
 
-def _own_notes(measured: Measured) -> list[str]:
-    share = measured.cost_s / measured.wall_s if measured.wall_s > 0 else 0.0
-    notes = [f"profiler: {measured.samples} samples, {measured.cost_s:.3f} s of CPU time ({share:.2%} of the run)"]
+def _own_notes(measured: Measured, machine: Machine) -> list[str]:
+    notes = []
+    if measured.gpu_guessed:
+        notes.append(
+            "the GPU's driver does not tell this job's processes apart here: what the device holds more than at the "
+            "start stands in, other jobs' share included"
+        )
+    if machine.unified and measured.gpu_peak_bytes:
+        notes.append("GPU and DRAM are one pool: the GPU's bytes are among those of DRAM, which the budget is about")
     if measured.oom_kills > 0:
-        notes.append(f"the kernel killed {measured.oom_kills} process(es) of this container for memory during the run")
-    return notes
+        where = f" ({measured.container.oom_kills_file})" if measured.container.oom_kills_file else ""
+        notes.append(
+            f"the kernel killed {measured.oom_kills} process(es) of this container for memory during the run{where}"
+        )
+    return [*notes, *_wear(measured, machine)]
+
+
+def _wear(measured: Measured, machine: Machine) -> list[str]:
+    """How long the drive lasts at this rate."""
+    written, endurance = measured.process_write_bytes, machine.ssd_endurance_bytes
+    if written < _WORTH_TELLING_BYTES or measured.wall_s <= 0:
+        return []
+    per_day = written / measured.wall_s * _DAY_S
+    note = f"written to drives: {format_bytes(written)} in {format_s(measured.wall_s)}, {format_bytes(per_day)} a day"
+    if endurance is None:
+        return [f"{note} at this rate; the drive's endurance is not known (ssd_endurance_bytes of the machine)"]
+    days = endurance / per_day
+    return [f"{note} at this rate; the drive's endurance of {format_bytes(endurance)} would last {days:,.0f} days"]

@@ -1,21 +1,32 @@
-"""A report for the eye: a table with one bar per budget, and what the bytes were."""
+"""A report for the terminal: the verdict first, one bar per budget, and what the bytes were."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memopt.report_types import Report, SsdUse, TierUse
-from memopt.tiers import Category
-from memopt.units import format_bytes, format_per_s, format_s
+from memopt.profiler.compare import Comparison
+from memopt.profiler.render_grids import (
+    Grid,
+    category_grids,
+    device_grid,
+    disk_grid,
+    facts,
+    phase_grid,
+    result_lines,
+    tier_grid,
+    tiers_of,
+    verdict_reason,
+    verdict_words,
+)
+from memopt.report_types import Report, TierUse
+from memopt.units import format_s
 
-_BAR_CELLS = 16
-_COLOURS = {"within": "green", "over": "bold red", "unbounded": "yellow"}
-_LOSSES_SHOWN = 3
+# with this many cells the widest row of the tier table takes 79 columns
+_BAR_CELLS = 10
+_COLOURS = {"within": "bold green", "over": "bold red", "unbounded": "bold yellow"}
 
 
 def render(report: Report, console: Console | None = None) -> None:
@@ -26,11 +37,16 @@ def render(report: Report, console: Console | None = None) -> None:
 
 def renderable(report: Report, *, plain: bool = False) -> RenderableType:
     """The report as something rich can print; `plain` draws no boxes and only ASCII bars."""
-    parts: list[RenderableType] = [_headline(report), _tier_table(report, plain), _category_table(report, plain)]
-    parts.extend(Text(line) for line in _facts(report))
-    parts.extend(Text(f"reason: {reason}") for reason in report.reasons)
-    parts.extend(Text(f"note: {note}") for note in report.notes)
-    return Group(*parts)
+    parts: list[RenderableType | None] = [_headline(report), Text(""), _tier_table(report, plain)]
+    grids = [*category_grids(report), phase_grid(report), device_grid(report), disk_grid(report)]
+    for grid in grids:
+        if grid is not None:
+            parts += [Text(""), grid_table(grid, plain=plain)]
+    parts.append(Text(""))
+    parts.append(_pairs(list(facts(report))))
+    reasons = [("reason", reason) for reason in report.reasons]
+    parts.append(_pairs([*result_lines(report.results), *reasons, *(("note", note) for note in report.notes)]))
+    return Group(*(part for part in parts if part is not None))
 
 
 def render_text(report: Report, width: int = 120) -> str:
@@ -41,17 +57,35 @@ def render_text(report: Report, width: int = 120) -> str:
     return capture.get()
 
 
+def grid_table(grid: Grid, *, plain: bool = False) -> Table:
+    """A grid as rich prints it: the name on the left, numbers right-aligned."""
+    table = _new_table(plain)
+    for number, title in enumerate(grid.columns):
+        table.add_column(title, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    for row in grid.rows:
+        style = {"other": "dim", "all": "bold"}.get(row[0], "")
+        table.add_row(*(Text(cell) for cell in row), style=style)
+    return table
+
+
 def _headline(report: Report) -> Text:
-    words = {"within": "within budget", "over": "OVER BUDGET", "unbounded": "no budget was given"}
-    text = Text(words[report.verdict], style=_COLOURS[report.verdict])
-    text.append(f"  {report.machine.name}, {format_s(report.wall_s)}", style="none")
+    text = Text(verdict_words(report), style=_COLOURS[report.verdict])
+    reason = verdict_reason(report)
+    text.append(f": {reason}" if reason else "", style="none")
+    text.append(f"\n{report.machine.name}, {format_s(report.wall_s)}, memopt {report.memopt}", style="dim")
     return text
 
 
-def _tiers(report: Report) -> Iterator[tuple[str, TierUse]]:
-    for name, use in (("gpu", report.tiers.gpu), ("dram", report.tiers.dram), ("ssd", report.tiers.ssd)):
-        if use is not None:
-            yield name, use
+def _pairs(pairs: list[tuple[str, str]]) -> Table | None:
+    """Sentences under their subjects; what wraps stays under the sentence."""
+    if not pairs:
+        return None
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for subject, text in pairs:
+        table.add_row(Text(f"{subject}:"), Text(text))
+    return table
 
 
 def _new_table(plain: bool) -> Table:
@@ -59,102 +93,37 @@ def _new_table(plain: bool) -> Table:
 
 
 def _tier_table(report: Report, plain: bool) -> Table:
+    grid = tier_grid(report)
     table = _new_table(plain)
-    table.add_column("tier", no_wrap=True)
-    for title in ("budget", "predicted", "charged", "measured peak"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("share of budget", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for name, use in _tiers(report):
-        verdict = {True: "within", False: "OVER", None: "-"}[use.within]
-        table.add_row(
-            name,
-            _bytes(use.budget_bytes),
-            _bytes(use.predicted_bytes),
-            _bytes(use.charged_peak_bytes),
-            _bytes(use.peak_bytes),
-            _bar(use, plain),
-            Text(verdict, style={True: "green", False: "bold red", None: "none"}[use.within]),
-        )
+    for number, title in enumerate(grid.columns):
+        numeric = 0 < number < len(grid.columns) - 2
+        table.add_column(title, justify="right" if numeric else "left", no_wrap=True)
+    for row, (_, use) in zip(grid.rows, tiers_of(report), strict=True):
+        colour = {True: "green", False: "bold red", None: "none"}[use.within]
+        table.add_row(*row[:-2], _bar(use, row[-2], plain), Text(row[-1], style=colour))
     return table
 
 
-def _bar(use: TierUse, plain: bool) -> Text:
+def _bar(use: TierUse, share_text: str, plain: bool) -> Text:
     if not use.budget_bytes or use.peak_bytes is None:
-        return Text("-")
+        return Text(share_text)
     share = use.peak_bytes / use.budget_bytes
-    filled = min(_BAR_CELLS, round(share * _BAR_CELLS))
+    # rounded down: only what reaches its budget fills the bar
+    filled = min(_BAR_CELLS, int(share * _BAR_CELLS))
     full, empty = ("#", ".") if plain else ("█", "░")
     bar = Text(full * filled, style="red" if share > 1 else "green")
     bar.append(empty * (_BAR_CELLS - filled), style="dim")
-    bar.append(f" {share:.0%}", style="none")
+    bar.append(f" {share_text}", style="none")
     return bar
 
 
-def _category_table(report: Report, plain: bool) -> Table:
-    """One row per category that any tier holds at its peak; `other` is always there."""
-    tiers = list(_tiers(report))
-    table = _new_table(plain)
-    table.add_column("at the peak", no_wrap=True)
-    for name, _ in tiers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for category in Category:
-        held = [use.at_peak.get(category, 0) for _, use in tiers]
-        if any(held) or category is Category.OTHER:
-            table.add_row(str(category), *(_bytes(nbytes) for nbytes in held))
-    return table
-
-
-def _facts(report: Report) -> Iterator[str]:
-    dram = report.tiers.dram
-    if dram.upper_bound_bytes is not None:
-        files = _bytes(dram.file_bytes)
-        yield (
-            f"dram: the kernel's upper bound is {_bytes(dram.upper_bound_bytes)}, file pages included "
-            f"(at most {files} of those, reclaimable)"
-        )
-    if report.tiers.ssd is not None:
-        yield from _ssd_facts(report.tiers.ssd)
-    io = report.io
-    if io.achieved_per_s is not None:
-        rates = f"{format_per_s(io.achieved_per_s)} ({_rate(io.read_per_s)} read, {_rate(io.write_per_s)} written)"
-        yield f"io: {rates} over {format_s(io.busy_s)} of transfers; compute waited {format_s(io.waited_s)}"
-    yield from _results(report.results)
-
-
-def _ssd_facts(ssd: SsdUse) -> Iterator[str]:
-    if ssd.read_bytes is not None and ssd.write_bytes is not None:
-        yield f"ssd: {format_bytes(ssd.read_bytes)} read and {format_bytes(ssd.write_bytes)} written by memopt"
-    if ssd.process_read_bytes is not None and ssd.process_write_bytes is not None:
-        read, written = format_bytes(ssd.process_read_bytes), format_bytes(ssd.process_write_bytes)
-        yield f"ssd: {read} read and {written} written by the whole process tree, as the kernel counts"
-    written_bytes = ssd.write_bytes if ssd.write_bytes is not None else ssd.process_write_bytes
-    if ssd.endurance_bytes and written_bytes:
-        yield f"ssd: this run used {written_bytes / ssd.endurance_bytes:.4%} of the drive's endurance"
-
-
-def _results(results: dict[str, object]) -> Iterator[str]:
-    for name, value in results.items():
-        if value is None or isinstance(value, dict) or value == []:
-            continue  # nested data (the plan) is for the JSON
-        if isinstance(value, list) and len(value) > 2 * _LOSSES_SHOWN:
-            ends = [*map(_short, value[:_LOSSES_SHOWN]), "...", *map(_short, value[-_LOSSES_SHOWN:])]
-            yield f"{name}: {', '.join(ends)} ({len(value)} values)"
-        else:
-            yield f"{name}: {_short(value)}"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        return ", ".join(map(_short, value))
-    return str(value)
-
-
-def _bytes(nbytes: int | None) -> str:
-    return "-" if nbytes is None else format_bytes(nbytes)
-
-
-def _rate(bytes_per_s: float | None) -> str:
-    return "-" if bytes_per_s is None else format_per_s(bytes_per_s)
+def render_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print what grew to `console` (default: stdout)."""
+    console = console or Console()
+    headline = Text(comparison.verdict(), style="bold red" if comparison.over else "bold green")
+    notes = _pairs([("note", note) for note in comparison.notes])
+    table = grid_table(comparison.grid(), plain=not console.is_terminal)
+    parts: list[RenderableType] = [headline, Text(""), table]
+    if notes is not None:
+        parts += [Text(""), notes]
+    console.print(Group(*parts))

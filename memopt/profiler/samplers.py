@@ -11,7 +11,10 @@ Which number answers which question (proc(5)):
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +26,15 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """Bytes of one process, from /proc/PID/status."""
+    """Bytes of one process, from /proc/PID/status. `pinned_bytes` (VmPin): pages a driver holds in place, like the
+    locked ones already counted among the others."""
 
     anon_bytes: int = 0
     shmem_bytes: int = 0
     file_bytes: int = 0
     locked_bytes: int = 0
     hwm_bytes: int = 0
+    pinned_bytes: int = 0
 
     @property
     def charged_bytes(self) -> int:
@@ -46,18 +51,16 @@ class ProcessIo:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuMemory:
-    """Bytes of one device. `process_bytes`: this process, context and libraries included; None when nobody can say."""
+class ProportionalMemory:
+    """Bytes of one process, each page divided by the number of processes that map it, from /proc/PID/smaps_rollup.
 
-    used_bytes: int
-    reserved_bytes: int
-    allocated_bytes: int
-    process_bytes: int | None = None
+    `undivided_anon_bytes`: the anonymous pages of the same walk, undivided.
+    """
 
-    @property
-    def charged_bytes(self) -> int:
-        """What a GPU budget counts: the driver's number for this process, else what torch reserved."""
-        return self.reserved_bytes if self.process_bytes is None else max(self.process_bytes, self.reserved_bytes)
+    undivided_anon_bytes: int
+    anon_bytes: int
+    shmem_bytes: int
+    file_bytes: int
 
 
 _FIELDS = {
@@ -66,11 +69,28 @@ _FIELDS = {
     b"RssFile": "file_bytes",
     b"VmLck": "locked_bytes",
     b"VmHWM": "hwm_bytes",
+    b"VmPin": "pinned_bytes",
 }
+
+
+_PARENT = re.compile(rb"^PPid:\s+(\d+)$", re.MULTILINE)
+# syscall numbers of kcmp(2): the tables of the kernel for x86, and asm-generic
+_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}
+_KCMP_VM = 1
+
+# The order kernels have written these lines in since 4.5; one search costs half of what a loop over the lines does.
+_USUAL = re.compile(
+    rb"VmLck:\s+(\d+) kB\nVmPin:\s+(\d+) kB\nVmHWM:\s+(\d+) kB\nVmRSS:[^\n]*\n"
+    rb"RssAnon:\s+(\d+) kB\nRssFile:\s+(\d+) kB\nRssShmem:\s+(\d+) kB\n"
+)
 
 
 def parse_status(text: bytes) -> ProcessMemory:
     """The memory fields of /proc/PID/status; a kernel thread or a zombie has none, which reads as zeros."""
+    usual = _USUAL.search(text)
+    if usual is not None:
+        locked, pinned, hwm, anon, file, shmem = (int(kib) * 1024 for kib in usual.groups())
+        return ProcessMemory(anon, shmem, file, locked, hwm, pinned)
     values: dict[str, int] = {}
     for line in text.splitlines():
         key, _, rest = line.partition(b":")
@@ -96,24 +116,81 @@ def process_io(pid: int | str = "self", root: Path = _ROOT) -> ProcessIo | None:
     return None
 
 
-def children(pid: int | None = None) -> list[int]:
-    """All living descendants of a process (default: this one)."""
+def proportional_memory(pid: int | str = "self", root: Path = _ROOT) -> ProportionalMemory | None:
+    """Memory of one process with shared pages divided; None when it is gone or not ours to ask. The kernel walks every
+    mapped page for this: 4.6 ms for a process of 350 MiB."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        text = (root / "proc" / str(pid) / "smaps_rollup").read_text(encoding="ascii")
+        rows = (line.split() for line in text.splitlines()[1:])
+        values = {row[0]: int(row[1]) * 1024 for row in rows if len(row) == 3}
+        return ProportionalMemory(values["Anonymous:"], values["Pss_Anon:"], values["Pss_Shmem:"], values["Pss_File:"])
+    return None
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started this one, or adopted it; None when it is gone."""
+    with contextlib.suppress(OSError):
+        found = _PARENT.search(Path(f"/proc/{pid}/status").read_bytes())
+        return None if found is None else int(found[1])
+    return None
+
+
+def share_memory(first: int, second: int) -> bool:
+    """Whether two processes have one and the same memory, as after vfork(2) until exec: then each one's numbers, shares
+    divided or not, are all of it. Where kcmp(2) may not be asked, equal numbers say so."""
+    number = _KCMP.get(os.uname().machine)
+    if number is not None:
+        order = ctypes.CDLL(None, use_errno=True).syscall(number, first, second, _KCMP_VM, 0, 0)
+        if order >= 0:
+            return bool(order == 0)
+    mine, other = process_memory(first), process_memory(second)
+    if mine is None or other is None or mine.hwm_bytes == 0:
+        return False
+    return mine.hwm_bytes == other.hwm_bytes and abs(mine.anon_bytes - other.anon_bytes) <= other.anon_bytes // 100
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    """All descendants of a process (default: this one) that are alive or not yet waited for.
+
+    A process that forks or ends meanwhile can be missed; the next call sees it.
+    """
+    root = os.getpid() if pid is None else pid
+    found: list[int] = []
+    waiting = [root]
+    try:
+        while waiting:
+            begotten = _children_of(waiting.pop())
+            found.extend(begotten)
+            waiting.extend(begotten)
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN: walk all of /proc
+        return _descendants_by_walk(root)
+    return list(dict.fromkeys(found))
+
+
+def _children_of(pid: int) -> list[int]:
+    """Children of every thread of a process. Raises FileNotFoundError where the kernel keeps no such list."""
+    found: list[int] = []
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                found.extend(map(int, file.read().split()))
+        except FileNotFoundError:
+            if os.path.exists(f"/proc/{pid}/task/{thread}/stat"):
+                raise
+        except OSError:
+            continue
+    return found
+
+
+def _descendants_by_walk(pid: int) -> list[int]:
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.Error:
         return []
-
-
-def tree_memory(pids: Iterable[int | str]) -> ProcessMemory:
-    """The sum over processes. Shared pages that several of them map count once per process: an upper bound."""
-    found = [memory for pid in pids if (memory := process_memory(pid)) is not None]
-    return ProcessMemory(
-        anon_bytes=sum(memory.anon_bytes for memory in found),
-        shmem_bytes=sum(memory.shmem_bytes for memory in found),
-        file_bytes=sum(memory.file_bytes for memory in found),
-        locked_bytes=sum(memory.locked_bytes for memory in found),
-        hwm_bytes=sum(memory.hwm_bytes for memory in found),
-    )
 
 
 def resident_bytes(paths: Iterable[Path]) -> int:
@@ -121,32 +198,29 @@ def resident_bytes(paths: Iterable[Path]) -> int:
 
     Counted in blocks, so a sparse file costs what is written, and once per inode.
     """
+    return sum(status.st_blocks * 512 for _, status in files_under(paths))  # stat(2): always units of 512 bytes
+
+
+def files_under(paths: Iterable[Path]) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file and directory in and under `paths`, once per inode; links are not followed."""
     seen: set[tuple[int, int]] = set()
-    total = 0
     for path in paths:
-        for status in _stats(path):
+        for name, status in _walk(str(path)):
             key = (status.st_dev, status.st_ino)
             if key not in seen:
                 seen.add(key)
-                total += status.st_blocks * 512  # stat(2): always units of 512 bytes
-    return total
+                yield name, status
 
 
-def _stats(path: Path) -> Iterator[os.stat_result]:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return
-    yield status
-    if not _is_directory(status):
-        return
-    try:
-        entries = list(os.scandir(path))
-    except OSError:
-        return
-    for entry in entries:
-        yield from _stats(Path(entry.path))
-
-
-def _is_directory(status: os.stat_result) -> bool:
-    return (status.st_mode & 0o170000) == 0o040000
+def _walk(path: str) -> Iterator[tuple[str, os.stat_result]]:
+    waiting = [path]
+    while waiting:
+        name = waiting.pop()
+        try:
+            status = os.lstat(name)
+        except OSError:
+            continue
+        yield name, status
+        if stat.S_ISDIR(status.st_mode):
+            with contextlib.suppress(OSError), os.scandir(name) as entries:
+                waiting.extend(entry.path for entry in entries)

@@ -3,106 +3,98 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from memopt import cgroups
-from memopt.profiler.gpu_sampler import GpuSampler
-from memopt.profiler.samplers import resident_bytes
+from memopt.profiler.attribution import Attribution
+from memopt.profiler.measured import Attributed, AttributedBy, Measured
+from memopt.profiler.peaks import OpenPhase, Peaks, highest, merged
+from memopt.profiler.readers import Readers
+from memopt.profiler.samplers import process_memory
 from memopt.profiler.thinning import Point, Thinner
-from memopt.profiler.tree_sampler import TreeSampler, tree_io
+from memopt.profiler.ticker import OverWatch, Ticker
 from memopt.report_types import Phase, Timeline
+from memopt.tiers import Tier
 
-_GPU_EVERY_S = 0.1
-_SSD_EVERY_S = 1.0
 _PHASES_KEPT = 1000
+# A short job is over before the usual interval has passed a few times: begin fast, slow down with every sample.
+_FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
+# Once memory has stopped growing, the usual interval is longer: a thread of Python that wakes up costs the program more
+# than the sample itself, because it takes the interpreter's lock away from the computing thread.
+_USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
+# Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
+_COST_SHARE = 125
+_COST_NEW = 0.1
+_EDGES_FREE_S, _EDGES_SHARE = 0.05, 200
+_JOURNAL_POINTS = 6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What a session saw. Bytes and seconds; None for a tier that is not there.
+class JournalWriter(Protocol):
+    """Where a session puts what it has seen so far, so that the death of this process does not lose it."""
 
-    `dram_peak_bytes`: sampled peak of anonymous + shared memory of the process tree. `dram_upper_bound_bytes`: the
-    kernel's high-water marks added up (they include file pages, and what happened before the session).
-    """
+    def due(self, t_s: float) -> bool:
+        """Whether it is time to write again."""
 
-    started: str
-    wall_s: float
-    dram_peak_bytes: int
-    dram_start_bytes: int
-    dram_upper_bound_bytes: int
-    file_peak_bytes: int
-    gpu_peak_bytes: int | None
-    ssd_peak_bytes: int | None
-    process_read_bytes: int
-    process_write_bytes: int
-    oom_kills: int
-    samples: int
-    cost_s: float
-    phases: list[Phase] = field(default_factory=list)
-    timeline: Timeline = field(default_factory=Timeline)
-
-
-@dataclass(slots=True)
-class _Peaks:
-    dram: int = 0
-    files: int = 0
-    upper_bound: int = 0
-    gpu: int | None = None
-    ssd: int | None = None
-
-
-@dataclass(slots=True)
-class _OpenPhase:
-    name: str
-    start_s: float
-    dram: int = 0
-    gpu: int | None = None
-
-    def closed(self, end_s: float) -> Phase:
-        return Phase(
-            name=self.name, start_s=self.start_s, end_s=end_s, dram_peak_bytes=self.dram, gpu_peak_bytes=self.gpu
-        )
+    def write(self, measured: Measured, points: list[Point]) -> None:
+        """Take what was seen so far (without a time line) and the samples since the last time, thinned."""
 
 
 class Session:
     """Samples between `start` and `stop`; a context manager; used once.
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
-    once per crossing, in the sampling thread. `interval_s`: between samples of this process; children are read ten
-    times, and listed once, a second; so a peak shorter than that can be missed, which is why the kernel's own mark is
-    kept beside the sampled one.
+    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where
+    sampling would take more than one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier has
+    grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed, which
+    is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and
+    category whose the bytes are now; called in the sampling thread and at the ends of phases, along the time line and
+    when a peak grows, so it must be quick and thread-safe; its error ends the session. `attributed_by` names it in the
+    report.
+
+    `root_pid`: watch that process and its descendants instead of this process and its own. `adopted`: watch all
+    descendants of this process but not itself (it is the subreaper of what it runs). `group`: the job's own memory
+    group, default the one this process is in. `unified`: the machine's GPU and DRAM are one pool.
     """
 
     def __init__(
         self,
         *,
-        interval_s: float = 0.02,
+        interval_s: float | None = None,
         watch: Iterable[str | Path] = (),
         limit_bytes: int | None = None,
         on_over: Callable[[int, int], None] | None = None,
+        attribution: Callable[[], Attributed] | None = None,
+        attributed_by: AttributedBy = "torch",
+        root_pid: int | None = None,
+        adopted: bool = False,
+        group: cgroups.Group | None = None,
+        unified: bool = False,
+        journal: JournalWriter | None = None,
     ) -> None:
-        if interval_s <= 0:
+        if interval_s is not None and interval_s <= 0:
             raise ValueError(f"interval_s = {interval_s}; must be more than zero")
-        self._interval_s = interval_s
-        self._watch = [Path(path) for path in watch]
-        self._over = _OverWatch(limit_bytes, on_over)
-        self._gpu = GpuSampler()
-        self._thinner = Thinner()
-        self._peaks = _Peaks()
-        self._phases: list[Phase] = []
-        self._open: list[_OpenPhase] = []
-        self._last = Point(0.0, 0)
-        self._samples = 0
-        self._cost_s = 0.0
+        self._interval_s = _USUAL_S if interval_s is None else interval_s
+        self._calm_times = _CALM_TIMES if interval_s is None else 1
+        self._pause_s = min(_FIRST_PAUSE_S, self._interval_s)
+        self._open_readers = partial(
+            Readers, root_pid=root_pid, adopted=adopted, watch=list(watch), group=group, unified=unified
+        )
+        self._watching = adopted or root_pid is not None
+        self._over = OverWatch(limit_bytes, on_over)
+        self._attribution = Attribution(attribution)
+        self._attributed_by: AttributedBy | None = None if attribution is None else attributed_by
+        self._journal = journal
+        self._seen = _Seen(journaled=journal is not None)
         self._lock = threading.Lock()
-        self._thread = _Ticker(self._tick, interval_s)
+        self._thread = Ticker(self._tick, self._next_pause)
         self._begun: _Begun | None = None
         self._measured: Measured | None = None
 
@@ -110,10 +102,9 @@ class Session:
         """Take the first sample and start the thread."""
         if self._begun is not None:
             raise RuntimeError("a session is used once; make a new one")
-        self._gpu.reset_peak()
-        self._begun = _Begun(datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), tree_io())
+        self._begun = _Begun(self._open_readers())
         self._tick(fresh=True)
-        self._begun.dram_bytes = self._last.dram_bytes
+        self._begun.dram_bytes = self._seen.last.dram_bytes
         self._thread.start()
         return self
 
@@ -123,9 +114,8 @@ class Session:
             begun = self._running()
             self._thread.stop()
             self._tick(fresh=True)
-            self._measured = self._result(begun)
-            begun.tree.close()
-            self._gpu.close()
+            self._measured = replace(self._result(begun), timeline=self._seen.thinner.timeline())
+            begun.readers.close()
         return self._measured
 
     def sample(self) -> int:
@@ -133,43 +123,70 @@ class Session:
         self._running()
         if self._measured is None:
             self._tick(fresh=True)
-        return self._last.dram_bytes
+        return self._seen.last.dram_bytes
 
     def dram_bytes(self) -> int:
         """The latest sample of anonymous + shared memory of the tree."""
-        return self._last.dram_bytes
+        return self._seen.last.dram_bytes
 
     def gpu_bytes(self) -> int | None:
-        """The latest sample of the GPU."""
-        return self._last.gpu_bytes
+        """The latest sample of the GPUs."""
+        return self._seen.last.gpu_bytes
 
     def ssd_bytes(self) -> int | None:
         """The latest sample of the watched directories."""
-        return self._last.ssd_bytes
+        return self._seen.last.ssd_bytes
 
     def dram_peak_bytes(self) -> int:
         """The highest sample so far."""
-        return self._peaks.dram
+        return self._seen.peaks.of(Tier.DRAM) or 0
+
+    def peak_bytes(self, tier: Tier) -> int | None:
+        """The highest sample of a tier so far; None when it is not there."""
+        return self._seen.peaks.of(tier)
+
+    def write_bytes(self) -> int:
+        """Bytes the process tree has written to devices since the start."""
+        return self.io_bytes()[1]
+
+    def io_bytes(self) -> tuple[int, int]:
+        """Bytes the process tree has read from and written to devices since the start."""
+        begun = self._running()
+        with self._lock:
+            read_bytes, write_bytes = begun.readers.tree.io()
+        return max(0, read_bytes - begun.io_bytes[0]), max(0, write_bytes - begun.io_bytes[1])
+
+    def pids(self) -> list[int]:
+        """The processes of the tree known now."""
+        return self._running().readers.tree.pids()
+
+    def retire(self, pid: int) -> None:
+        """Keep what a process of the tree did; call it before waiting for a process this one adopted."""
+        with self._lock:
+            self._running().readers.tree.retire(pid)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what happens inside; phases may nest and repeat. Samples at both ends.
+        """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
+        part in 200 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
+        takes the latest one.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
         begun = self._running()
-        opened = _OpenPhase(name, time.monotonic() - begun.at_s)
+        opened = OpenPhase(name, begun.elapsed_s(), *begun.edge_io)
         with self._lock:
-            self._open.append(opened)
-        self._tick()
+            self._seen.open.append(opened)
+        opened.read_bytes, opened.write_bytes = self._edge(begun)
         try:
             yield
         finally:
-            self._tick()
+            io = self._edge(begun)
             with self._lock:
-                self._open.remove(opened)
-                end_s = time.monotonic() - begun.at_s
-                _keep(self._phases, opened.closed(end_s))
+                self._seen.open.remove(opened)
+                if opened.peaks.of(Tier.DRAM) is None:
+                    opened.peaks.see(self._seen.last, asked=False)
+                _keep(self._seen.phases, opened.closed(begun.elapsed_s(), *io))
 
     def __enter__(self) -> Session:
         return self.start()
@@ -182,137 +199,147 @@ class Session:
             raise RuntimeError("the session is not started; use `with Session(...)` or call start()")
         return self._begun
 
+    def _edge(self, begun: _Begun) -> tuple[int, int]:
+        """Sample at an end of a phase where that is affordable; the traffic so far."""
+        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _EDGES_SHARE:
+            cpu = time.thread_time()
+            self._tick()
+            with self._lock:
+                begun.edge_io = begun.readers.tree.io()
+                begun.edge_cost_s += time.thread_time() - cpu
+        return begun.edge_io
+
+    def _next_pause(self) -> float:
+        calm = self._seen.last.t_s - self._seen.grew_s > _CALM_AFTER_S
+        longest_s = self._interval_s * (self._calm_times if calm else 1)
+        dearest_s = self._seen.tick_cost_s * (_COST_SHARE - 1)
+        self._pause_s = max(min(longest_s, self._pause_s * _PAUSE_GROWS), dearest_s)
+        return self._pause_s
+
     def _tick(self, *, fresh: bool = False) -> None:
         begun = self._running()
         cpu = time.thread_time()
         with self._lock:
             if self._measured is not None:
                 return
-            memory = begun.tree.sample(fresh=fresh)
-            t_s = time.monotonic() - begun.at_s
-            gpu, ssd = self._slow_tiers(begun, t_s, fresh)
-            self._last = Point(t_s, memory.charged_bytes, gpu, ssd)
-            self._thinner.add(self._last)
-            self._samples += 1
-            peaks = self._peaks
-            peaks.dram = max(peaks.dram, memory.charged_bytes)
-            peaks.files = max(peaks.files, memory.file_bytes)
-            peaks.upper_bound = max(peaks.upper_bound, memory.hwm_bytes)
-            peaks.gpu, peaks.ssd = _highest(peaks.gpu, gpu), _highest(peaks.ssd, ssd)
-            for opened in self._open:
-                opened.dram = max(opened.dram, memory.charged_bytes)
-                opened.gpu = _highest(opened.gpu, gpu)
-            self._cost_s += time.thread_time() - cpu
-        self._over.see(memory.charged_bytes)
-
-    def _slow_tiers(self, begun: _Begun, t_s: float, fresh: bool) -> tuple[int | None, int | None]:
-        gpu, ssd = self._last.gpu_bytes, self._last.ssd_bytes
-        if fresh or t_s >= begun.gpu_due_s:
-            begun.gpu_due_s = t_s + _GPU_EVERY_S
-            found = self._gpu.sample()
-            gpu = None if found is None else found.charged_bytes
-        if self._watch and (fresh or t_s >= begun.ssd_due_s):
-            begun.ssd_due_s = t_s + _SSD_EVERY_S
-            ssd = resident_bytes(self._watch)
-        return gpu, ssd
+            seen, t_s = self._seen, begun.elapsed_s()
+            point = begun.readers.read(t_s, fresh=fresh)
+            counted = [seen.peaks, *(opened.peaks for opened in seen.open)]
+            rising = self._attributed_by is not None and any(peaks.worth_asking(point) for peaks in counted)
+            attributed = self._attribution.latest(t_s, at_peak=rising, fresh=fresh)
+            seen.take(point if attributed is None else replace(point, attributed=attributed), rising, begun.readers)
+            if self._journal is not None and seen.since_journal is not None and self._journal.due(t_s):
+                self._journal.write(self._result(begun), seen.since_journal.points())
+                seen.since_journal = Thinner(_JOURNAL_POINTS)
+            seen.cost_s += time.thread_time() - cpu
+        # what watches another process does nothing else: all it costs counts, not the sampling alone
+        spent = time.process_time() if self._watching else seen.cost_s
+        seen.count_cost(spent, usual=not fresh)
+        self._over.see(point.dram_bytes)
 
     def _result(self, begun: _Begun) -> Measured:
-        read_bytes, write_bytes = tree_io()
-        peaks = self._peaks
+        seen, readers = self._seen, begun.readers
+        read_bytes, write_bytes = readers.tree.io()
+        wall_s = begun.elapsed_s()
+        container = readers.container()
+        own = process_memory() if self._watching else None
         return Measured(
             started=begun.iso,
-            wall_s=time.monotonic() - begun.at_s,
-            dram_peak_bytes=peaks.dram,
+            wall_s=wall_s,
+            dram_peak_bytes=seen.peaks.of(Tier.DRAM) or 0,
             dram_start_bytes=begun.dram_bytes,
-            dram_upper_bound_bytes=peaks.upper_bound,
-            file_peak_bytes=peaks.files,
-            gpu_peak_bytes=_highest(peaks.gpu, self._gpu.allocator_peak_bytes()),
-            ssd_peak_bytes=peaks.ssd,
-            # a child that ended without being waited for takes its count along
+            dram_upper_bound_bytes=readers.hwm_peak_bytes,
+            file_peak_bytes=readers.file_peak_bytes,
+            gpu_peak_bytes=highest(seen.peaks.of(Tier.GPU), readers.gpu.allocator_peak_bytes()),
+            ssd_peak_bytes=seen.peaks.of(Tier.SSD),
             process_read_bytes=max(0, read_bytes - begun.io_bytes[0]),
             process_write_bytes=max(0, write_bytes - begun.io_bytes[1]),
-            oom_kills=(cgroups.oom_kills() or 0) - begun.oom_kills,
-            samples=self._samples,
-            cost_s=self._cost_s,
-            phases=list(self._phases),
-            timeline=self._thinner.timeline(),
+            oom_kills=container.oom_kills or 0,
+            samples=seen.samples,
+            cost_s=time.process_time() - begun.cpu_s if self._watching else seen.cost_s,
+            phases=list(seen.phases),
+            timeline=Timeline(),
+            at_peak=seen.peaks.attributed(),
+            attributed_by=self._attributed_by,
+            kinds_at_peak=dict(seen.kinds),
+            proportional_bytes=readers.proportional_peak_bytes,
+            locked_bytes=readers.locked_peak_bytes,
+            page_cache_bytes=readers.cached_peak_bytes(),
+            container=container,
+            devices=readers.gpu.devices(),
+            gpu_guessed=readers.gpu.guessed(),
+            pinned_bytes=readers.gpu.pinned_bytes(),
+            alloc_retries=readers.gpu.alloc_retries(),
+            disks=readers.disks(wall_s),
+            watching=self._watching,
+            own_dram_bytes=None if own is None else own.charged_bytes,
         )
 
 
 class _Begun:
-    """The state of things when the session began, and when the slow tiers are due again."""
+    """The state of things when the session began. Seconds are of the monotonic clock; only `iso` is the wall's."""
 
-    def __init__(self, iso: str, at_s: float, io_bytes: tuple[int, int]) -> None:
-        self.iso = iso
-        self.at_s = at_s
-        self.io_bytes = io_bytes
-        self.tree = TreeSampler()
-        self.oom_kills = cgroups.oom_kills() or 0
+    def __init__(self, readers: Readers) -> None:
+        self.readers = readers
+        self.iso = datetime.now(UTC).isoformat(timespec="microseconds")
+        self.at_s = time.monotonic()
+        self.cpu_s = time.process_time()
+        readers.tree.sample(fresh=True)
+        self.io_bytes = readers.tree.io()
         self.dram_bytes = 0
-        self.gpu_due_s = 0.0
-        self.ssd_due_s = 0.0
+        self.edge_io = self.io_bytes
+        self.edge_cost_s = 0.0
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.at_s
 
 
-class _OverWatch:
-    """Calls back once each time a limit is crossed upwards."""
+class _Seen:
+    """What the samples so far add up to."""
 
-    def __init__(self, limit_bytes: int | None, on_over: Callable[[int, int], None] | None) -> None:
-        self._limit_bytes = limit_bytes
-        self._on_over = on_over
-        self._is_over = False
+    def __init__(self, *, journaled: bool) -> None:
+        self.last = Point(0.0, 0)
+        self.peaks = Peaks()
+        self.kinds: dict[Tier, dict[str, int]] = {}
+        self.phases: list[Phase] = []
+        self.open: list[OpenPhase] = []
+        self.thinner = Thinner()
+        self.since_journal = Thinner(_JOURNAL_POINTS) if journaled else None
+        self.grew_s = 0.0
+        self._grown: dict[Tier, float] = {}
+        self.samples = 0
+        self.cost_s = 0.0
+        self.tick_cost_s = self._spent_s = 0.0
 
-    def see(self, now_bytes: int) -> None:
-        if self._limit_bytes is None or self._on_over is None:
-            return
-        was_over, self._is_over = self._is_over, now_bytes > self._limit_bytes
-        if self._is_over and not was_over:
-            self._on_over(now_bytes, self._limit_bytes)
+    def take(self, point: Point, asked: bool, readers: Readers) -> None:
+        """One sample."""
+        self.last = point
+        risen = self.peaks.see(point, asked=asked)
+        if risen:
+            kinds = readers.kinds()
+            self.kinds.update({tier: kinds[tier] for tier in risen if tier in kinds})
+        for tier in risen:
+            now = point.bytes_of(tier) or 0
+            if now > _GROWTH * self._grown.get(tier, 0.0):
+                self._grown[tier], self.grew_s = now, point.t_s
+        for opened in self.open:
+            opened.peaks.see(point, asked=asked)
+        self.thinner.add(point)
+        if self.since_journal is not None:
+            self.since_journal.add(point)
+        self.samples += 1
 
-
-class _Ticker:
-    """A daemon thread that calls `tick` again and again; its error is raised by `stop`."""
-
-    def __init__(self, tick: Callable[[], None], interval_s: float) -> None:
-        self._tick = tick
-        self._interval_s = interval_s
-        self._end = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="memopt-profiler", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._end.set()
-        self._thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self) -> None:
-        try:
-            while not self._end.wait(self._interval_s):
-                self._tick()
-        except BaseException as error:  # carried to the caller of stop()
-            self._error = error
+    def count_cost(self, spent_s: float, *, usual: bool) -> None:
+        """CPU seconds spent so far; `usual`: the next sample will cost about what this one did."""
+        if usual:
+            self.tick_cost_s += (spent_s - self._spent_s - self.tick_cost_s) * _COST_NEW
+        self._spent_s = spent_s
 
 
 def _keep(phases: list[Phase], phase: Phase) -> None:
     if len(phases) >= _PHASES_KEPT:
         for index in range(len(phases) - 1, -1, -1):
-            last = phases[index]
-            if last.name == phase.name:
-                phases[index] = dataclasses.replace(
-                    last,
-                    end_s=phase.end_s,
-                    dram_peak_bytes=_highest(last.dram_peak_bytes, phase.dram_peak_bytes),
-                    gpu_peak_bytes=_highest(last.gpu_peak_bytes, phase.gpu_peak_bytes),
-                )
+            if phases[index].name == phase.name:
+                phases[index] = merged(phases[index], phase)
                 return
     phases.append(phase)
-
-
-def _highest(first: int | None, second: int | None) -> int | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return max(first, second)
