@@ -19,7 +19,7 @@ import typer
 from memopt.errors import BadInput, MemoptError
 
 # Modules of this package with `register(app)`, in the order of the help; none of them may import torch at its top.
-_MODULES = ("plan", "finetune", "profile", "store_commands", "probe", "report", "calibrate_keys", "demo")
+_MODULES = ("plan", "finetune", "profile", "serve", "store_commands", "probe", "report", "calibrate_keys", "demo")
 _EXIT_DEFECT = 70
 _EXIT_INTERRUPTED = 130
 

@@ -162,9 +162,7 @@ class ThinCPUImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Attention of one step, into `output` (tokens, H, D)."""
         if self._whole or attn_metadata is None:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
         assert isinstance(attn_metadata, ThinMetadata)
         for row in attn_metadata.rows:

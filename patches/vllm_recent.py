@@ -75,7 +75,7 @@ def _classes() -> tuple[Any, Any]:
         _cudagraph_support = AttentionCGSupport.ALWAYS
 
         def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM, but all that is needed
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             common = common_attn_metadata

@@ -22,7 +22,10 @@ def generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
     return {
         "tokens": [list(each.outputs[0].token_ids) for each in done],
         "logprobs": [
-            [step[token].logprob for step, token in zip(each.outputs[0].logprobs, each.outputs[0].token_ids, strict=True)]
+            [
+                step[token].logprob
+                for step, token in zip(each.outputs[0].logprobs, each.outputs[0].token_ids, strict=True)
+            ]
             for each in done
         ],
         "cached": [each.num_cached_tokens for each in done],

