@@ -123,8 +123,8 @@ def make_setup(directory: Path, keeps: tuple[float, ...] = (0.5, 0.625)) -> Setu
     return setup
 
 
-def write_channels(path: Path, keep: float, model: Any) -> None:
+def write_channels(path: Path, keep: float, model: Any, *, count: int | None = None) -> None:
     draw = torch.Generator().manual_seed(11)
-    count = round(HEAD_DIM * keep)
+    count = count or round(HEAD_DIM * keep)
     sets = {i: choose(torch.rand(model.kv_heads, model.head_dim, generator=draw), count) for i in range(model.layers)}
     save_channels(path, ChannelSets(model=model, keep=keep, keys=sets))
