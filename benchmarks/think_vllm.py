@@ -176,8 +176,8 @@ def main() -> None:
     met = thin > stock and thin >= wanted - 1
     table.note(
         f"Medians of {args.rounds} rounds. {args.requests} requests of {args.prompt} + {args.new} tokens, "
-        f"{args.kv_mib} MiB of KV cache. Requests held at once: {thin:.0f} against {stock:.0f}; {wanted:.1f} is what the "
-        f"bytes allow. {'The target is met.' if met else 'The target is missed.'}"
+        f"{args.kv_mib} MiB of KV cache. Requests held at once: {thin:.0f} against {stock:.0f}; {wanted:.1f} is what "
+        f"the bytes allow. {'The target is met.' if met else 'The target is missed.'}"
     )
     sys.exit(0 if met else 1)
 
