@@ -43,7 +43,7 @@ def test_a_command_has_its_own_input_output_and_exit_code(tmp_path: Path) -> Non
     done = start(["--report", str(report), "--", *PYTHON, "import sys; print(sys.stdin.read()); sys.exit(7)"])
     out, err = done.communicate("hello", timeout=60)
     assert (done.returncode, out) == (7, "hello\n")
-    assert "measured peak" in err
+    assert "the job itself failed (exit code 7)" in err
     loaded = Report.load(report)
     assert loaded.child is not None
     assert (loaded.child.exit_code, loaded.child.signal, loaded.complete) == (7, None, True)
