@@ -150,12 +150,13 @@ def main() -> None:
     with workspace(None) as directory:
         keys = make_model(directory, args.keep, args.seed)
         asked = {name: getattr(args, name) for name in ("requests", "prompt", "new", "seed")}
-        asked |= {"model": str(directory / "model"), "kv_bytes": args.kv_mib * MiB}
+        asked["kv_bytes"] = args.kv_mib * MiB
+        model = str(directory / "model")
         engines: dict[str, ThinKeys | None] = {"stock": None, f"{args.keep:g} of the key channels": keys}
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
         for i in range(args.rounds):
             for name, given in engines.items():
-                rounds[name].append(run_engine(asked, given))
+                rounds[name].append(run_engine({**asked, "model": model}, given))
                 say(f"round {i + 1}, {name}: {rounds[name][-1]['requests_per_s']:.2f} requests/s")
     for name, found in rounds.items():
         middle = {key: median([each[key] for each in found]) for key in found[0]}

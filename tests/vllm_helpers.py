@@ -78,12 +78,9 @@ class Setup:
 
     def fail(self, keys: ThinKeys, model: Path | None = None, **options: Any) -> str:
         """Everything a failing engine wrote."""
-        request = {
-            "model": str(model or self.model),
-            "options": {"max_model_len": 256, "kv_cache_memory_bytes": 2**26, **options},
-            "prompts": [],
-        }
-        done, _ = self._process({**request, "new_tokens": 1, "passes": 1}, keys)
+        given = {"max_model_len": 256, "kv_cache_memory_bytes": 2**26, **options}
+        request = {"model": str(model or self.model), "options": given, "prompts": [], "new_tokens": 1, "passes": 1}
+        done, _ = self._process(request, keys)
         assert done.returncode != 0
         return done.stdout + done.stderr
 
