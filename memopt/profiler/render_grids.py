@@ -123,7 +123,7 @@ def categories_of(use: TierUse) -> list[tuple[str, int | None, int | None]]:
 def category_grids(report: Report) -> Iterator[Grid]:
     """One per tier: what its bytes were at the peak, as predicted and as measured."""
     for tier, use in tiers_of(report):
-        if use.peak_bytes is None and not use.predicted_at_peak and not use.at_peak:
+        if use.peak_bytes is None and not use.predicted_at_peak and not any(use.at_peak.values()):
             continue
         rows = [
             (
