@@ -63,7 +63,14 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         watch = [directory.path] if directory else []
         over = threading.Event()
         limits = find_limits(config, directory.path if directory else None)
-        session = Session(watch=watch, limit_bytes=limits.budget.dram_bytes, on_over=lambda now, limit: over.set())
+        ledger = Ledger(limits.budget)
+        session = Session(
+            watch=watch,
+            limit_bytes=limits.budget.dram_bytes,
+            on_over=lambda now, limit: over.set(),
+            attribution=lambda: {tier: ledger.charged_by(tier) for tier in Tier},
+            attributed_by="ledger",
+        )
         stack.enter_context(session)
         log_file = None if config.dry_run else config.log_file
         progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file))
@@ -78,7 +85,7 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
                     stack.callback(steps.dataset.close)
             kept = saved["plan"] if saved else None
             prepared, plan = prepared.settle_plan(directory is not None, kept)
-        run = _Run(prepared, plan, directory, session, progress, over, [*notes, *prepared.notes], saved)
+        run = _Run(prepared, plan, directory, ledger, session, progress, over, [*notes, *prepared.notes], saved)
         stack.callback(run.pool.close)
         run.tell_plan()
         if config.dry_run:
@@ -93,6 +100,7 @@ class _Run:
     prepared: Prepared
     plan: Plan
     directory: RunDirectory | None
+    ledger: Ledger
     session: Session
     progress: Progress
     over: threading.Event
@@ -107,7 +115,6 @@ class _Run:
     def __post_init__(self) -> None:
         self.config = self.prepared.config
         self.layout: Layout = self.prepared.model.layout(self.plan.tile_rows)
-        self.ledger = Ledger(self.prepared.limits.budget)
         predicted = self.plan.predicted[Tier.DRAM].by_category
         self.ledger.charge(Tier.DRAM, Category.RUNTIME, predicted[Category.RUNTIME], "interpreter and libraries")
         self.pool = IoPool(self.plan.io_workers)
