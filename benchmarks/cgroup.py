@@ -1,18 +1,15 @@
-"""A memory limit the kernel enforces: run a command in a child of the memory cgroup (v1 or v2) this process is in."""
+"""A memory limit the kernel enforces, and what the kernel counted: commands in a child of this process's group."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memopt.cgroups import Group, groups
-
-_REMOVE_TRIES, _REMOVE_EVERY_S = 50, 0.1
+from memopt.cgroups import Group
+from memopt.errors import BadInput
+from memopt.jobs.memory_group import join_command, limited_group
 
 
 class NotPermitted(Exception):
@@ -37,76 +34,36 @@ class KernelCount:
 class MemoryGroup:
     """A group with a limit, for as long as the `with` block of `memory_group` lasts."""
 
-    path: Path
-    version: int
+    group: Group
     limit_bytes: int
 
     def command(self, command: Sequence[str]) -> list[str]:
         """`command`, run inside the group from its first instruction on."""
-        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *command]
+        return join_command(self.group, list(command))
 
     def count(self) -> KernelCount:
         """The kernel's counters so far."""
-        if self.version == 1:
-            peak, hits = "memory.max_usage_in_bytes", _number(self.path / "memory.failcnt")
-            kills = _keyed(self.path / "memory.oom_control", "oom_kill")
+        path = self.group.path
+        if self.group.version == 1:
+            peak, hits = "memory.max_usage_in_bytes", _number(path / "memory.failcnt")
+            kills = _keyed(path / "memory.oom_control", "oom_kill")
         else:
-            peak, hits = "memory.peak", _keyed(self.path / "memory.events", "max")
-            kills = _keyed(self.path / "memory.events", "oom_kill")
+            peak, hits = "memory.peak", _keyed(path / "memory.events", "max")
+            kills = _keyed(path / "memory.events", "oom_kill")
         return KernelCount(
-            limit_bytes=self.limit_bytes, peak_bytes=_number(self.path / peak), limit_hits=hits, oom_kills=kills
+            limit_bytes=self.limit_bytes, peak_bytes=_number(path / peak), limit_hits=hits, oom_kills=kills
         )
 
 
 @contextlib.contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
     """A new child group limited to `limit_bytes` of memory and no swap; removed at the end. Raises NotPermitted."""
-    own = next(iter(groups("memory")), None)
-    if own is None:
-        raise NotPermitted("no memory cgroup is mounted")
-    group = _make(own, limit_bytes)
-    try:
-        yield group
-    finally:
-        _remove(group.path)
-
-
-def _make(own: Group, limit_bytes: int) -> MemoryGroup:
-    path = own.path / f"memopt-bench-{os.getpid()}-{random.randrange(10**6)}"
-    try:
-        path.mkdir()
-    except OSError as error:
-        raise NotPermitted(f"{own.path}: no child group may be made here ({error.strerror})") from error
-    try:
-        if own.version == 1:
-            (path / "memory.limit_in_bytes").write_text(str(limit_bytes))
-            _write_if_there(path / "memory.memsw.limit_in_bytes", str(limit_bytes))
-        else:
-            if not (path / "memory.max").exists():
-                # fails with EBUSY where processes and controllers may not share a group (v2, outside of the root)
-                (own.path / "cgroup.subtree_control").write_text("+memory")
-            (path / "memory.max").write_text(str(limit_bytes))
-            _write_if_there(path / "memory.swap.max", "0")
-    except OSError as error:
-        _remove(path)
-        raise NotPermitted(f"{path.parent}: the limit cannot be set ({error.strerror})") from error
-    return MemoryGroup(path, own.version, limit_bytes)
-
-
-def _write_if_there(file: Path, text: str) -> None:
-    """Swap is accounted only where the kernel was built and started for it."""
-    with contextlib.suppress(OSError):
-        if file.exists():
-            file.write_text(text)
-
-
-def _remove(path: Path) -> None:
-    for _ in range(_REMOVE_TRIES):  # a process that has just ended leaves its group a moment later
+    with contextlib.ExitStack() as stack:
         try:
-            path.rmdir()
-            return
-        except OSError:
-            time.sleep(_REMOVE_EVERY_S)
+            group = stack.enter_context(limited_group(limit_bytes))
+        except BadInput as error:
+            raise NotPermitted(str(error)) from error
+        yield MemoryGroup(group, limit_bytes)
 
 
 def _number(file: Path) -> int | None:

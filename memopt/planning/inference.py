@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memopt.forecast_types import PhaseForecast
+from memopt.kv.costs import LayerShape, thin_bytes
+from memopt.kv.settings import ThinSettings
 from memopt.optim.roles import Role
 from memopt.planning import allocators
 from memopt.planning.inference_types import (
     FLASH_PREDICTOR_RANK,
-    RECENT_TOKENS,
     CacheLayer,
     InferenceJob,
     Quantised,
@@ -21,10 +22,6 @@ from memopt.planning.training_types import ParameterFact
 from memopt.tiers import Category, Tier
 from memopt.units import MiB
 
-_CHANNEL_STEP = 8
-"""Kept key channels are rounded up to a multiple of this, for the kernels."""
-_INDEX_BYTES = 8
-"""Of a channel's number (int64), one per key head and channel."""
 _BITS = {"int8": 8, "int4": 4}
 _WEIGHT_BLOCK = 64
 """int4 weights have one float32 scale per block of so many (bitsandbytes' default)."""
@@ -56,12 +53,6 @@ class WeightBytes:
     ssd: int = 0
     streamed: int = 0
     slot: int = 0
-
-
-def kept_channels(dim: int, keep: float) -> int:
-    """Key channels of `dim` that ThinK keeps: the share `keep`, rounded up to a multiple of 8."""
-    kept = dim - int(dim * (1 - keep) + 1e-9)
-    return min(dim, -(-kept // _CHANNEL_STEP) * _CHANNEL_STEP)
 
 
 def cache_bytes(job: InferenceJob, tokens: int, *, new_tokens: int = 0) -> int:
@@ -204,23 +195,23 @@ def _layer_bytes(job: InferenceJob, layer: CacheLayer, tokens: int, new_tokens: 
     if not layer.kv_heads:
         return job.batch * layer.state_bytes
     held = tokens if layer.window is None else min(tokens, layer.window)
-    rows = job.batch * layer.kv_heads
-    kept, whole = layer.key_dim, held
-    index = 0
-    if job.key_keep < 1 and thin_layer(layer) and job.prompt_tokens > RECENT_TOKENS:
-        kept = kept_channels(layer.key_dim, job.key_keep)
-        # the prompt's last tokens and what was generated keep all channels, but for blocks that were quantised
-        whole = min(held, RECENT_TOKENS + (new_tokens if job.kv is None else min(new_tokens, _CACHE_RESIDUAL)))
-        index = rows * layer.key_dim * _INDEX_BYTES
-    thin = held * (kept + layer.value_dim)
-    suffix = whole * (layer.key_dim - kept)
+    if job.key_keep < 1 and thin_layer(layer):
+        shape = LayerShape(
+            batch=job.batch,
+            kv_heads=layer.kv_heads,
+            head_dim=layer.key_dim,
+            value_dim=layer.value_dim,
+            element_bytes=job.itemsize,
+        )
+        settings = ThinSettings(key_keep=job.key_keep, storage=job.kv)
+        return thin_bytes(shape, settings, prompt=tokens - new_tokens, new=new_tokens)
+    elements = job.batch * layer.token_elements()
     if job.kv is None or layer.window is not None:
-        return rows * (thin + suffix) * job.itemsize + index
+        return held * elements * job.itemsize
     recent = min(held, new_tokens, _CACHE_RESIDUAL)
-    packed = rows * (held - recent) * (kept + layer.value_dim)
-    newest = rows * recent * (kept + layer.value_dim)
+    packed = (held - recent) * elements
     scales = -(-packed // _CACHE_GROUP) * 2 * job.itemsize
-    return packed * _BITS[job.kv] // 8 + scales + (newest + rows * suffix) * job.itemsize + index
+    return packed * _BITS[job.kv] // 8 + scales + recent * elements * job.itemsize
 
 
 def _dense_layer(job: InferenceJob, layer: CacheLayer, tokens: int) -> int:

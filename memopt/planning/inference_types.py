@@ -17,8 +17,6 @@ InferenceEngine = Literal["memory", "cpu-offload", "flash"]
 `flash`: feed-forward weights on the SSD, recently used neurons in memory."""
 Quantised = Literal["int8", "int4"]
 
-RECENT_TOKENS = 32
-"""Last tokens of a prompt whose keys stay whole (ThinK's reference code and its Table 6)."""
 FLASH_WINDOW_SHARE = 0.24
 """Share of the feed-forward weights that the window of the last tokens keeps in memory: OPT-6.7B, a window of 4 (LLM in
 a flash, 2312.11514)."""
