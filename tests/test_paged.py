@@ -8,30 +8,12 @@ import torch
 from memopt.kv import paged
 from memopt.kv.channels import choose, complement
 from memopt.kv.paged import Suffix, dense_attention, gather_rows, pick, thin_attention, write_rows
+from tests.reference.paged import causal
 
 
 def sets(heads: int, width: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     kept = choose(torch.rand(heads, width), keep)
     return kept, complement(kept, width)
-
-
-def reference(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, whole: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """One score at a time: dropped channels count where `whole` (T,) says so."""
-    queries, heads, _ = query.shape
-    tokens, groups, width = keys.shape
-    out = torch.zeros(queries, heads, values.shape[-1])
-    for h in range(heads):
-        group = h // (heads // groups)
-        mask = torch.zeros(width).index_fill(0, kept[group], 1.0)
-        for i in range(queries):
-            seen = tokens - queries + i + 1
-            scores = torch.stack(
-                [(query[i, h] * keys[t, group] * (1.0 if whole[t] else mask)).sum() * scale for t in range(seen)]
-            )
-            out[i, h] = scores.softmax(0) @ values[:seen, group]
-    return out
 
 
 @pytest.mark.parametrize(
@@ -69,14 +51,14 @@ def test_pages_give_what_dense_keys_with_zeros_give(
         last = pick(keys[tokens - recent :], dropped)
         suffix = Suffix(keys=last, present=whole[tokens - recent :])
     found = thin_attention(query, gather_rows(cache, blocks, tokens), kept, dropped, scale=0.3, suffix=suffix)
-    torch.testing.assert_close(found, reference(query, keys, values, kept, whole, 0.3), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, causal(query, keys, values, kept, whole, 0.3), atol=1e-6, rtol=1e-5)
 
 
 def test_a_whole_prompt_is_attended_densely() -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)
     kept, _ = sets(2, 8, 8)
-    wanted = reference(query, keys, values, kept, torch.ones(6), 0.2)
+    wanted = causal(query, keys, values, kept, torch.ones(6), 0.2)
     torch.testing.assert_close(dense_attention(query, keys, values, scale=0.2), wanted, atol=1e-6, rtol=1e-5)
 
 

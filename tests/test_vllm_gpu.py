@@ -1,0 +1,77 @@
+"""The GPU backend's writing and reading, with vLLM's own Triton kernels, in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+ABSENT = [name for name in ("vllm", "triton") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(bool(ABSENT), reason=f"{' and '.join(ABSENT)} not installed; make test-vllm"),
+]
+
+# vLLM turns Triton off where there is no GPU, so the kernels' modules are imported with it put back, in a new process
+CODE = """
+import sys
+from types import SimpleNamespace
+import torch, triton, triton.language as tl
+import vllm.triton_utils as utils
+utils.triton, utils.tl, utils.HAS_TRITON = triton, tl, True
+from memopt.kv.channels import choose, complement
+from memopt.kv.paged import pick
+from memopt.patches import vllm_channels
+from memopt.patches.vllm_config import ThinKeys
+from memopt.patches.vllm_gpu import ThinTritonBackend, ThinTritonImpl, TritonAttentionDiffKVBackend
+from tests.reference.paged import causal
+
+D, keep, H, K, page = 64, int(sys.argv[1]), 6, 2, 16
+torch.manual_seed(keep)
+kept = choose(torch.rand(K, D), keep)
+dropped = complement(kept, D)
+impl = object.__new__(ThinTritonImpl)
+impl._keys = ThinKeys(key_keep=1.0)
+TritonAttentionDiffKVBackend.set_head_size_v(D)
+for name, value in dict(head_size=keep, num_heads=H, num_kv_heads=K, scale=D**-0.5, kv_cache_dtype="auto",
+                        alibi_slopes=None, use_alibi_sqrt=False, sliding_window=(-1, -1), logits_soft_cap=0,
+                        sinks=None).items():
+    setattr(impl, name, value)
+layer = SimpleNamespace(_k_scale=torch.tensor(1.0), _v_scale=torch.tensor(1.0))
+setattr(layer, vllm_channels._ATTRIBUTE, vllm_channels.LayerChannels(kept, dropped))
+cache = torch.zeros(12, K, page, keep + D)
+table = torch.tensor([[3, 7, 1], [9, 2, 4]], dtype=torch.int32)
+past = [(torch.zeros(0, K, D), torch.zeros(0, K, D)) for _ in range(2)]
+worst = 0.0
+for lengths in ([37, 20], [1, 1], [3, 1]):  # prompts, a step, a chunk beside a step
+    q, k, v = torch.randn(sum(lengths), H, D), torch.randn(sum(lengths), K, D), torch.randn(sum(lengths), K, D)
+    slots, want, seen, begin = [], [], [], 0
+    for i, n in enumerate(lengths):
+        keys, values = (torch.cat((old, new[begin:begin + n])) for old, new in zip(past[i], (k, v)))
+        slots += [int(table[i, p // page]) * page + p % page for p in range(len(keys) - n, len(keys))]
+        past[i] = (keys, values)
+        want.append(causal(q[begin:begin + n], keys, values, kept, torch.zeros(len(keys)), D**-0.5))
+        seen.append(len(keys))
+        begin += n
+    impl.do_kv_cache_update(layer, k, v, cache, torch.tensor(slots))
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    step = SimpleNamespace(
+        num_actual_tokens=len(q), query_start_loc=starts, seq_lens=torch.tensor(seen, dtype=torch.int32),
+        block_table=table, max_query_len=max(lengths), seq_threshold_3D=None, num_par_softmax_segments=None,
+        softmax_segm_output=None, softmax_segm_max=None, softmax_segm_expsum=None)
+    out = torch.zeros(len(q), H, D)
+    impl.forward(layer, q, k, v, cache, step, out)
+    worst = max(worst, (out - torch.cat(want)).abs().max().item())
+assert ThinTritonBackend.get_name() == "CUSTOM"
+print("worst", worst)
+"""
+
+
+@pytest.mark.parametrize("keep", [32, 40])
+def test_thin_pages_through_vllms_kernels(run_python: Callable[..., Any], keep: int) -> None:
+    done = run_python(CODE, str(keep), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    worst = float(done.stdout.split("worst")[-1])
+    assert worst < 5e-6
