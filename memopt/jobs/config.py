@@ -345,10 +345,11 @@ def _check_together(config: FinetuneConfig) -> None:
         raise BadInput(f"eval_every = {config.eval_every} without eval_data: name the held-out data, or leave it out")
     if config.ssd is not None and config.offload_dir is None:
         raise BadInput(f"ssd = {config.ssd!r} without offload_dir: name a directory on the SSD")
-    if any(getattr(config, name) is not None for name in OPTIMIZER_OPTIONS):
-        from memopt.jobs.rules import require_effect  # imports torch
+    options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS}
+    if any(value is not None for value in options.values()):
+        from memopt.jobs.optimizer_options import require_effect  # imports torch
 
-        require_effect(config)
+        require_effect(config.optimizer, options)
     if config.init == "random" and config.method == "lora":
         raise BadInput("init = 'random' with method = 'lora': adapters cannot save random weights; use one")
 
