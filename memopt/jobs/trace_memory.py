@@ -57,24 +57,44 @@ def trace_step(module: nn.Module, variant: Variant, window: int | None) -> Trace
             module.enable_input_require_grads()  # type: ignore[operator]
     lengths = _lengths(variant, window)
     batches = (1,) if variant.one_sequence else _BATCHES
-    runs = []
-    for batch in batches:
-        for seq in lengths:
-            try:
-                with _quiet(), whole_sequences():
-                    runs.append(_Run(model, variant, batch, seq).passes())
-            except BadInput:
-                raise
-            except Exception as error:  # data-dependent code: anything may be raised
-                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise BadInput(
-                    f"{type(module).__name__} cannot be followed without values "
-                    f"({type(error).__name__}: {line[:150]}); measure a short run with memopt profile"
-                ) from error
+    sizes = [(batch, seq) for batch in batches for seq in lengths]
+    firsts, laters = _followed(model, variant, sizes)
     fit = _Fit(batches, lengths)
-    passes = [fit.whole([run[number] for run in runs], len(chosen)) for number in (0, 1)]
+    passes = [fit.whole(runs, len(chosen)) for runs in (firsts, laters)]
     notes = ("some moments differ between lengths: their peaks are fitted instead",) if fit.rough else ()
     return Traced(kinds, passes[0], passes[1], notes)
+
+
+def _followed(
+    model: HFLayeredModel, variant: Variant, sizes: Sequence[tuple[int, int]]
+) -> tuple[list[list[_Samples]], list[list[_Samples]]]:
+    """The segments of the first and of a later micro-batch at all sizes (batch, length). Raises BadInput.
+
+    A later micro-batch finds gradients already there: what it adds to the first one's bytes has the size of parameters,
+    whatever the batch and length. So it is followed at the smallest and the largest size only, unless those disagree.
+    """
+    corners = (sizes[0], sizes[-1])
+    runs = {size: _passes(model, variant, size, later=size in corners) for size in sizes}
+    added = [_added(*runs[size]) for size in corners]
+    if added[0] is None or added[0] != added[1]:
+        runs = {size: _passes(model, variant, size, later=True) for size in sizes}
+        return [found[0] for found in runs.values()], [found[1] for found in runs.values()]
+    firsts = [found[0] for found in runs.values()]
+    return firsts, [_later(found, added[0]) for found in firsts]
+
+
+def _passes(model: HFLayeredModel, variant: Variant, size: tuple[int, int], *, later: bool) -> list[list[_Samples]]:
+    try:
+        with _quiet(), whole_sequences():
+            return _Run(model, variant, *size).passes(2 if later else 1)
+    except BadInput:
+        raise
+    except Exception as error:  # data-dependent code: anything may be raised
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{type(model.module).__name__} cannot be followed without values "
+            f"({type(error).__name__}: {line[:150]}); measure a short run with memopt profile"
+        ) from error
 
 
 def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
@@ -134,6 +154,31 @@ class _Samples:
     end: tuple[int, int]
 
 
+def _added(first: Sequence[_Samples], later: Sequence[_Samples]) -> list[_Samples] | None:
+    """By how much every number of a later micro-batch is above the first one's; None if they have other moments."""
+    if [len(samples.moments) for samples in first] != [len(samples.moments) for samples in later]:
+        return None
+    return [
+        _Samples([_minus(b, a) for a, b in zip(one.moments, two.moments, strict=True)], _minus(two.end, one.end))
+        for one, two in zip(first, later, strict=True)
+    ]
+
+
+def _later(first: Sequence[_Samples], added: Sequence[_Samples]) -> list[_Samples]:
+    return [
+        _Samples([_plus(a, b) for a, b in zip(one.moments, more.moments, strict=True)], _plus(one.end, more.end))
+        for one, more in zip(first, added, strict=True)
+    ]
+
+
+def _plus(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _minus(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] - b[0], a[1] - b[1]
+
+
 class _Live(LiveBytes):
     """Live bytes at every moment at which a tensor was made, cut into segments."""
 
@@ -171,8 +216,8 @@ class _Run:
         self._forward = True
         self._live = _Live()
 
-    def passes(self) -> list[list[_Samples]]:
-        """Segments of the first and of a later micro-batch."""
+    def passes(self, count: int) -> list[list[_Samples]]:
+        """Segments of `count` micro-batches, one after the other."""
         with FakeTensorMode() as mode, contextlib.ExitStack() as undo:
             undo.enter_context(_fake_state(self._model.module, mode))
             for hooks in self._hooks():
@@ -180,7 +225,7 @@ class _Run:
             tokens = torch.zeros(self._batch, self._seq, dtype=torch.int64, device="cpu")
             found = []
             with self._live:
-                for _ in range(2):
+                for _ in range(count):
                     self._live.segments = []
                     self._step(tokens)
                     found.append(self._live.segments)
