@@ -1,4 +1,4 @@
-"""Tiny models of four families for tests of the planner."""
+"""Tiny models of a few families for tests of the planner."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def config(kind: str, *, layers: int = 3, **changes: Any) -> Any:
-    """A transformers configuration of `kind` (llama, qwen3, gpt2, opt) of about 100 thousand parameters."""
+    """A transformers configuration of `kind` (llama, qwen3, gpt2, opt, mixtral) of about 100 thousand parameters."""
     from transformers import AutoConfig
 
     llama = {
@@ -21,6 +21,7 @@ def config(kind: str, *, layers: int = 3, **changes: Any) -> Any:
     values: dict[str, dict[str, Any]] = {
         "llama": llama,
         "qwen3": {**llama, "head_dim": 32, "tie_word_embeddings": True},
+        "mixtral": {**llama, "num_local_experts": 4},
         "gpt2": {"n_embd": 64, "n_layer": layers, "n_head": 4, "vocab_size": 300, "n_positions": 512},
         "opt": {
             "hidden_size": 64,

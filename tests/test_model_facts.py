@@ -95,7 +95,10 @@ def _peaks(real: Any, batch: int, seq: int, micros: int) -> tuple[int, int]:
     return forward, backward
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [*((k, False) for k in FAMILIES), ("llama", True), ("opt", True)])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [*((k, False) for k in FAMILIES), ("llama", True), ("opt", True), ("mixtral", False)],
+)
 def test_peaks_of_a_step_are_those_of_a_real_one(kind: str, checkpointing: bool) -> None:
     settings = config(kind, layers=5)
     job = TrainingJob(

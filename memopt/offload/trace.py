@@ -99,6 +99,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {_storage_key(t) for t in _tensors((args, kwargs))}
+        if func is torch.ops.aten._grouped_mm.default:
+            func = _grouped_mm
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
             if (key := _storage_key(t)) not in inputs and key not in self._seen and not t.is_meta:
@@ -116,6 +118,14 @@ class LiveBytes(TorchDispatchMode):
             self.now -= nbytes
 
         self._seen[key] = weakref.ref(storage, gone)
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """Shapes of a grouped matrix product (the experts of an MoE block): torch has a rule for bfloat16 only, its CPU
+    kernel takes any type."""
+    half = [torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device=x.device) for x in (a, b)]
+    out = torch.ops.aten._grouped_mm.default(*half, *rest, **more)
+    return torch.empty_strided(out.shape, out.stride(), dtype=a.dtype, device=a.device)
 
 
 def _storage_key(t: torch.Tensor) -> int:
