@@ -50,11 +50,11 @@ class Piece:
     rule: UpdateRule | None = None
     """How it is updated; None: it is frozen."""
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
@@ -150,22 +150,22 @@ class Unit:
     trained: tuple[Piece, ...] = ()
     frozen: tuple[Piece, ...] = ()
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the master vector, padded to whole pages."""
         used = max((p.offset_bytes + p.nbytes for p in self.trained), default=0)
         return _up(used, PAGE) // MASTER_ITEMSIZE
 
-    @property
+    @cached_property
     def params(self) -> int:
         """Trainable parameters, padding not counted."""
         return sum(p.numel for p in self.trained)
 
-    @property
+    @cached_property
     def master_bytes(self) -> int:
         return self.numel * MASTER_ITEMSIZE
 
-    @property
+    @cached_property
     def frozen_bytes(self) -> int:
         return _up(max((p.offset_bytes + p.nbytes for p in self.frozen), default=0), PAGE)
 
