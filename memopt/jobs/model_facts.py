@@ -21,38 +21,31 @@ from memopt.patches.hf_files import TensorFiles, checkpoint_files, hub_trouble, 
 from memopt.patches.hf_model import HFLayeredModel
 from memopt.planning.training_types import Engine, ModelFacts, ParameterFact, StepTrace, TrainingJob, Variant
 
-_RUNTIME_IMPORTS = {
-    "memory": "import transformers.trainer, transformers.models.auto.modeling_auto",
-    # memopt's own loop follows a block on fake tensors before it measures itself
-    "own": """
-import memopt.jobs.finetune
-from transformers import LlamaConfig
-from memopt.jobs.model_costs import model_costs
-from memopt.jobs.model_layout import model_layout
-from memopt.jobs.rules import update_rules
-from memopt.jobs.config import FinetuneConfig
-from memopt.patches.hf_checkpoint import build_skeleton
-from memopt.patches.hf_model import HFLayeredModel
-sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=64)
-model = HFLayeredModel(build_skeleton(LlamaConfig(**sizes)))
-rules = update_rules(FinetuneConfig(model="demo"), model.module).of
-layout = model_layout(model, decay=set(), dtypes={}, rules=rules, tile_rows=64)
-tokens = torch.zeros(1, 16, dtype=torch.int64)
-model_costs(model, layout, {"input_ids": tokens, "labels": tokens}, torch.float32)
-import gc
-from memopt.offload.heap import trim_heap
-gc.collect()
-trim_heap()
-""",
-}
-_RUNTIME_CODE = """
+_RUNTIME_CODE = {
+    "memory": """
 import torch
-{imports}
+import transformers.trainer, transformers.models.auto.modeling_auto
 from memopt.profiler.samplers import process_memory
 x = torch.ones(64, 64, requires_grad=True)
 (x @ x).sum().backward()
 print(process_memory().charged_bytes)
-"""
+""",
+    # memopt's own loop measures itself when it has read the model: have it plan a small one
+    "own": """
+import tempfile
+import torch
+from transformers import LlamaConfig
+import memopt
+from memopt.jobs.preparation import RUNTIME_GROWTH_BYTES
+sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=8, vocab_size=64)
+tokens = torch.zeros(1, 16, dtype=torch.int64)
+with tempfile.TemporaryDirectory() as model:
+    LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(model)
+    config = memopt.FinetuneConfig(model=model, init="random", max_steps=1, device="cpu", dry_run=True, quiet=True)
+    report = memopt.finetune(config, batches=[[{"input_ids": tokens, "labels": tokens}]])
+print(report.results["plan"]["predicted"]["dram"]["runtime"] - RUNTIME_GROWTH_BYTES)
+""",
+}
 _LONGEST_RUNTIME_S = 120
 # configurations by the facts made of them, so that another variant can be traced
 _CONFIGS: dict[str, Any] = {}
@@ -116,10 +109,10 @@ def prepare(job: TrainingJob) -> TrainingJob:
 def measure_runtime(engine: Engine = "memory") -> int:
     """Anonymous memory of a new process that has imported what a run of this engine imports (torch, transformers, its
     Trainer or memopt's own loop), in bytes; about ten seconds. Raises BadInput when they cannot be imported."""
-    imports = _RUNTIME_IMPORTS["own" if engine in ("cpu-offload", "ssd") else "memory"]
+    code = _RUNTIME_CODE["own" if engine in ("cpu-offload", "ssd") else "memory"]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RUNTIME_CODE.format(imports=imports)],
+            [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             timeout=_LONGEST_RUNTIME_S,

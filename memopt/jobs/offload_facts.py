@@ -9,7 +9,7 @@ import torch
 from memopt.jobs.config import OPTIMIZER_OPTIONS, FinetuneConfig
 from memopt.jobs.model_costs import model_costs
 from memopt.jobs.model_layout import model_layout
-from memopt.jobs.preparation import RUNTIME_GROWTH_BYTES
+from memopt.jobs.preparation import planned_runtime
 from memopt.jobs.rules import update_rules
 from memopt.offload.costs import JobSizes
 from memopt.offload.layout import Layout
@@ -74,7 +74,7 @@ def offload_job(job: TrainingJob, hf_config: Any) -> FinetuneJob:
             forward_bytes=costs.forward_bytes,
             backward_bytes=costs.backward_bytes,
             calls_bytes=costs.calls_bytes * job.grad_accum,
-            runtime_bytes=job.runtime_bytes + RUNTIME_GROWTH_BYTES,
+            runtime_bytes=planned_runtime(job.runtime_bytes),
         ),
         layout_of=layout_of,
         rows=max(int(t.shape[0]) for t in tables),

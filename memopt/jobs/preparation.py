@@ -32,9 +32,19 @@ from memopt.planning.finetune import FinetuneJob, plan_finetune
 from memopt.profiler.samplers import process_memory
 from memopt.units import MiB
 
-RUNTIME_GROWTH_BYTES = 64 * MiB
+RUNTIME_GROWTH_BYTES = 48 * MiB
 """What the process takes beyond what is planned: thread stacks, matrix-product workspaces, the allocator's free lists.
-Measured on 7M to 400M parameter models: 20 to 50 MiB."""
+Measured on 7M to 400M parameter models: 20 to 50 MiB, in part out of what a plan sets aside for other things."""
+_RUNTIME_STEP_BYTES = 16 * MiB
+
+
+def planned_runtime(charged_bytes: int) -> int:
+    """What a plan sets aside for the process itself, in bytes, from what it has charged before the job allocates.
+
+    In whole steps: two processes that differ by a library's MiB or two then mostly make the same plan, which is what
+    `memopt plan` predicts, and a smallest budget that was stated is mostly enough for the process that gets it.
+    """
+    return -(-(charged_bytes + RUNTIME_GROWTH_BYTES) // _RUNTIME_STEP_BYTES) * _RUNTIME_STEP_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +112,7 @@ class Prepared:
             forward_bytes=self.costs.forward_bytes,
             backward_bytes=self.costs.backward_bytes,
             calls_bytes=self.costs.calls_bytes * micro_batches,
-            runtime_bytes=(memory.charged_bytes if memory else 0) + RUNTIME_GROWTH_BYTES,
+            runtime_bytes=planned_runtime(memory.charged_bytes if memory else 0),
         )
         layouts: dict[int, Layout] = {}
 
