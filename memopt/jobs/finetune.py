@@ -213,7 +213,7 @@ class _Run:
             self.layout,
             plan,
             held_units(self.layout, clips=self.config.max_grad_norm > 0),
-            tokens=prepared.steps.max_tokens,
+            tokens=prepared.max_tokens,
             width=prepared.costs.width,
             dtype=prepared.limits.compute.dtype,
         )
@@ -236,7 +236,7 @@ class _Run:
             clip_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             width=prepared.costs.width,
-            max_tokens=prepared.steps.max_tokens,
+            max_tokens=prepared.max_tokens,
             skip_nonfinite=self.config.skip_nonfinite,
         )
         meta = store.meta if store is not None else {}
