@@ -27,7 +27,7 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
     """
     from memopt.jobs.tokenizing import load_tokenizer
 
-    check_output(output, overwrite=overwrite, offload_dir=offload_dir)
+    check_output(output, overwrite=overwrite, keep={"--offload-dir": offload_dir})
     directory = RunDirectory(offload_dir)
     about = directory.about()
     saved = directory.saved()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
-from memopt.errors import BadInput, Interrupted, OverBudget
+from memopt.errors import BadInput, Interrupted, OverBudget, StoreError
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.limits import find_limits
 from memopt.jobs.opened_model import write_model
-from memopt.jobs.output_dir import check_output, replace_output
+from memopt.jobs.output_dir import check_file, check_output, replace_output, require_space
 from memopt.jobs.preparation import Prepared, prepare_job
 from memopt.jobs.progress import Progress, StepRecord
 from memopt.jobs.resume import claimed, refuse_or_resume, require_same_run
@@ -53,12 +54,13 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
     if config.data is None and batches is None and config.model != "demo":
         raise BadInput("no data: give `data`, or `batches`")
     directory = RunDirectory(Path(config.offload_dir)) if config.offload_dir else None
-    if config.output is not None:
-        check_output(Path(config.output), overwrite=config.overwrite, offload_dir=directory.path if directory else None)
+    _check_places(config, directory)
     notes = directory.look() if directory else []
     with ExitStack() as stack:
         if directory is not None and not config.dry_run:
             stack.enter_context(claimed(directory, config))
+        if config.report is not None:  # only now: it may lie in the directory
+            check_file(Path(config.report), "--report")
         saved = refuse_or_resume(config, directory, notes)
         watch = [directory.path] if directory else []
         over = threading.Event()
@@ -91,6 +93,20 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         if config.dry_run:
             return run.report(0, {"dry_run": True})
         return run.train()
+
+
+def _check_places(config: FinetuneConfig, directory: RunDirectory | None) -> None:
+    """Raises BadInput for files and directories that would be in each other's way."""
+    sources = {"--model": config.model, "--data": config.data, "--eval-data": config.eval_data}
+    keep = {flag: Path(name) for flag, name in sources.items() if name and os.path.exists(name)}
+    if directory is not None:
+        keep["--offload-dir"] = directory.path
+    if config.output is not None:
+        check_output(Path(config.output), overwrite=config.overwrite, keep=keep)
+    places = {"--output": config.output, "--report": config.report, "--log-file": config.log_file}
+    for flag, name in places.items():
+        if name is not None and directory is not None:
+            directory.refuse_own(Path(name), flag)
 
 
 @dataclass
@@ -197,6 +213,7 @@ class _Run:
 
     def _stores(self, stack: ExitStack) -> tuple[BlockStore | None, BlockStore | None]:
         if self.directory is None:
+            self._check_output_space()
             return None, None
         prepared, plan = self.prepared, self.plan
         identity = prepared.identity(self.layout)
@@ -222,6 +239,7 @@ class _Run:
         if scratch is not None:
             stack.callback(BlockStore.destroy, self.directory.scratch)
             stack.enter_context(scratch)
+        self._check_output_space()
         if self.saved is None:  # all space is reserved by now: a full disk is known before the long part
             total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
             with self.session.phase("load"), self.progress.work("loading the model", total) as work:
@@ -303,12 +321,18 @@ class _Run:
         self.progress.note(f"held-out loss after step {engine.progress.step}: {loss:.4f}")
         return loss
 
+    def _check_output_space(self) -> None:
+        """Raises StoreFull while there is nothing to lose."""
+        if self.config.output is not None:
+            require_space(Path(self.config.output), self.prepared.model.output_bytes)
+
+    def _where(self, engine: Engine) -> str:
+        if self.directory is None:
+            return "there is no --offload-dir, so nothing was saved"
+        return f"the state after step {engine.progress.step} is saved in {self.directory.path}; go on with --resume"
+
     def _stop_if_asked(self, engine: Engine) -> None:
-        where = (
-            f"the state after step {engine.progress.step} is saved in {self.directory.path}; go on with --resume"
-            if self.directory
-            else "there is no --offload-dir, so nothing was saved"
-        )
+        where = self._where(engine)
         if self.interrupted:
             self.report(engine.progress.step, {"interrupted": True})
             raise Interrupted(f"interrupted; {where}")
@@ -327,10 +351,14 @@ class _Run:
             )
 
     def _export(self, engine: Engine, output: Path) -> None:
-        with replace_output(output, overwrite=self.config.overwrite) as place:
-            write_model(
-                self.prepared.model, self.layout, place, lambda name: engine.parameters([name])[name], self.progress
-            )
+        try:
+            with replace_output(output, overwrite=self.config.overwrite) as place:
+                write_model(
+                    self.prepared.model, self.layout, place, lambda name: engine.parameters([name])[name], self.progress
+                )
+        except (OSError, StoreError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(f"--output {output} could not be written ({what}); {self._where(engine)}") from error
 
 
 def training_state_bytes(layout: Layout) -> int:
