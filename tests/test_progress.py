@@ -71,3 +71,24 @@ def test_quiet_still_logs(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="log_file .*cannot be written"):
         Progress(1, log_file=tmp_path)
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_needs_to_look(tmp_path: Path, terminal: bool) -> None:
+    path, shown = tmp_path / "log.jsonl", io.StringIO()
+    with Progress(2, log_file=path, file=Gone(), terminal=False) as progress:
+        progress.note("not shown")
+        progress.update(record(1))
+    assert json.loads(path.read_text())["step"] == 1
+    with Progress(2, file=shown, terminal=terminal) as progress:
+        progress.silence()
+        progress.note("too late")
+        progress.update(record(1))
+    assert "too late" not in shown.getvalue() and "loss" not in shown.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ import torch
 
 from memopt.errors import BadInput, Interrupted, OverBudget, StoreError
 from memopt.jobs.config import FinetuneConfig
+from memopt.jobs.interrupts import Stop, interruptible
 from memopt.jobs.limits import find_limits
 from memopt.jobs.opened_model import write_model
 from memopt.jobs.output_dir import check_file, check_output, replace_output, require_space
@@ -56,7 +56,7 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
     directory = RunDirectory(Path(config.offload_dir)) if config.offload_dir else None
     _check_places(config, directory)
     notes = directory.look() if directory else []
-    with ExitStack() as stack:
+    with interruptible(directory), ExitStack() as stack:
         if directory is not None and not config.dry_run:
             stack.enter_context(claimed(directory, config))
         if config.report is not None:  # only now: it may lie in the directory
@@ -75,7 +75,8 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         )
         stack.enter_context(session)
         log_file = None if config.dry_run else config.log_file
-        progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file))
+        progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file, budget=limits.budget))
+        stop = stack.enter_context(Stop(progress).listening())
         if directory is not None and not config.dry_run:
             work = directory.path
         else:
@@ -87,7 +88,7 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
                     stack.callback(steps.dataset.close)
             kept = saved["plan"] if saved else None
             prepared, plan = prepared.settle_plan(directory is not None, kept)
-        run = _Run(prepared, plan, directory, ledger, session, progress, over, [*notes, *prepared.notes], saved)
+        run = _Run(prepared, plan, directory, ledger, session, progress, stop, over, [*notes, *prepared.notes], saved)
         stack.callback(run.pool.close)
         run.tell_plan()
         if config.dry_run:
@@ -119,6 +120,7 @@ class _Run:
     ledger: Ledger
     session: Session
     progress: Progress
+    stop: Stop
     over: threading.Event
     notes: list[str]
     saved: dict[str, Any] | None
@@ -126,7 +128,6 @@ class _Run:
     eval_losses: list[list[float]] = field(default_factory=list)
     tokens: int = 0
     skipped: int = 0
-    interrupted: bool = False
 
     def __post_init__(self) -> None:
         self.config = self.prepared.config
@@ -151,20 +152,21 @@ class _Run:
             engine = stack.enter_context(self._engine(store, scratch))
             start = engine.progress.step
             self.progress.total_steps, self.progress.first_step = steps.total, start
-            with _signals(self), self.session.phase("train"):
-                if self.prepared.eval_steps is not None and start == 0:
-                    self._evaluate(engine)
-                for step in range(start, steps.total):
-                    self._step(engine, step)
-                    if self.interrupted or self.over.is_set():
-                        break
-                else:
-                    if self.prepared.eval_steps is not None and (
-                        config.eval_every is None or steps.total % config.eval_every
-                    ):
+            with self.stop.finishing():
+                with self.session.phase("train"):
+                    if self.prepared.eval_steps is not None and start == 0:
                         self._evaluate(engine)
-            with self.session.phase("save"):
-                engine.save() if self.directory is not None else engine.flush()
+                    for step in range(start, steps.total):
+                        if self._stopping:
+                            break
+                        self._step(engine, step)
+                    else:
+                        if self.prepared.eval_steps is not None and (
+                            config.eval_every is None or steps.total % config.eval_every
+                        ):
+                            self._evaluate(engine)
+                with self.session.phase("save"):
+                    engine.save() if self.directory is not None else engine.flush()
             self.engine_waited_s = engine.waited_s
             self._stop_if_asked(engine)
             if config.output is not None:
@@ -309,11 +311,18 @@ class _Run:
             )
         )
 
-    def _evaluate(self, engine: Engine) -> float:
+    @property
+    def _stopping(self) -> bool:
+        return self.stop.asked or self.over.is_set()
+
+    def _evaluate(self, engine: Engine) -> float | None:
+        """The held-out loss; None when it was broken off to stop."""
         held_out = self.prepared.eval_steps
         assert held_out is not None
         total = count = 0.0
         for step in range(held_out.total):
+            if self._stopping:
+                return None
             loss, tokens = engine.evaluate(held_out.batch(step))
             total, count = total + loss * tokens, count + tokens
         loss = total / count
@@ -333,7 +342,7 @@ class _Run:
 
     def _stop_if_asked(self, engine: Engine) -> None:
         where = self._where(engine)
-        if self.interrupted:
+        if self.stop.asked:
             self.report(engine.progress.step, {"interrupted": True})
             raise Interrupted(f"interrupted; {where}")
         if self.over.is_set():
@@ -374,24 +383,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """SIGINT and SIGTERM let the step finish; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, _: object) -> None:
-        if run.interrupted:
-            raise KeyboardInterrupt
-        run.interrupted = True
-        run.progress.note("stopping after this step (once more: at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -110,7 +111,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
         if self._log is not None:
             self._log.close()
@@ -136,6 +138,10 @@ class Progress:
         if self._shown <= _FIRST_LINES or is_last or now - self._last_line_s >= _LINE_EVERY_S:
             self._last_line_s = now
             self._print(text + self._remaining(record))
+
+    def silence(self) -> None:
+        """Show no more: there is nobody to look at it."""
+        self._quiet = True
 
     def note(self, text: str) -> None:
         """A sentence worth reading now: a choice and its reason, a warning, a saved step."""
@@ -170,7 +176,9 @@ class Progress:
         self.note(f"{description}: {format_s(time.monotonic() - began_s)}{done}")
 
     def _print(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
+        # a terminal that was closed, a pipe whose reader left: no reason to stop training
+        with contextlib.suppress(OSError):
+            (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
 
     def _describe(self, record: StepRecord) -> str:
         seconds = sum(each.step_s for each in self._recent)
