@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import memopt
 from memopt.errors import NonFinite
+from memopt.units import GiB
 from tests.finetune_helpers import (
     Forks,
     Tiny,
@@ -229,6 +231,22 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
         assert "training state (weights, gradients, optimizer) is" in said and "the plan needs" in said
         assert "clipping needs the global norm first" in said
     assert not list(tmp_path.iterdir()) and picture(finished) == before
+
+
+def test_no_more_memory_is_planned_for_than_there_is(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget, or the profile of a larger machine, would let the kernel end the run."""
+    monkeypatch.setattr("memopt.machine.dram_capacity", lambda: (4 * GiB, "a small host"))
+    report = tmp_path / "report.json"
+    for number, asked in enumerate((["--dram", "100GiB"], ["--machine", "rtx4090-64g"])):
+        more = ["--report", report, "--output", tmp_path / f"{number}", *asked]
+        code, said = run_line(capfd, *line(tiny, tmp_path / f"at{number}", "--max-steps", 1, *more))
+        assert code == 0 and "of 3.80 GiB" in said
+        assert re.search(r"the dram budget of .* is more than the 4.00 GiB of this machine .*: 3.80 GiB are used", said)
+        assert memopt.Report.load(report).tiers.dram.budget_bytes == 4 * GiB - 4 * GiB // 20
+    code, said = run_line(capfd, *line(tiny, tmp_path, "--dry-run", "--dram", "100GiB", "--report", report))
+    assert code == 0 and memopt.Report.load(report).tiers.dram.budget_bytes == 100 * GiB
 
 
 def test_save_every(finished: Path, tiny: Tiny, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def prepare_job(
     load_config(source, weights=config.init == "pretrained")
     tokenizer = _tokenizer(source, required=batches is None)
     model = open_model(config, source, compute.dtype, tokenizer=tokenizer)
-    notes = [*model.notes, compute.reason]
+    notes = [*limits.notes, *model.notes, compute.reason]
     limit = getattr(model.hf_config, "max_position_embeddings", None) or config.seq_len
     seq_len = min(config.seq_len, int(limit))
     if seq_len < config.seq_len:
