@@ -167,12 +167,15 @@ def test_toml_and_report_files(tmp_path: Path) -> None:
     toml = tmp_path / "run.toml"
     toml.write_text('model = "m"\nlearning-rate = 1e-4\ndram = "2GiB"\nquiet = true\n')
     assert FinetuneConfig.from_toml(toml) == FinetuneConfig(model="m", lr=1e-4, dram="2GiB", quiet=True)
-    toml.write_text('[finetune]\nmodel = "m"\n')
+    toml.write_text('\ufeff[finetune]\nmodel = "m"\n')  # as some editors begin a file
     assert FinetuneConfig.from_toml(toml).model == "m"
     config = FinetuneConfig(model="m", offload_dir="o", resume=True, lr=0.1)
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"schema": "memopt.report/1", "config": config.to_dict()}))
     assert FinetuneConfig.of(**read_settings(report)) == config.with_changes(resume=False)
+    report.write_text(json.dumps({"schema": "memopt.report/1", "config": {}, "results": {}}))
+    with pytest.raises(BadInput, match="a report that holds no settings of a fine-tuning"):
+        read_settings(report)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--config {path}: cannot be read ({error}); give a TOML file or a memopt report") from None
     try:
@@ -287,7 +287,10 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise BadInput(f"--config {path}: holds no table of settings")
     if path.suffix == ".json":
         results = loaded.get("results")
-        loaded = loaded.get("config") or (results or {}).get("config") or loaded
+        told = loaded.get("config") or (results or {}).get("config")
+        if not told and "schema" in loaded:
+            raise BadInput(f"--config {path}: a report that holds no settings of a fine-tuning; give one of a finetune")
+        loaded = told or loaded
         # a report repeats a run: what only made sense the first time is left behind
         loaded = {name: value for name, value in loaded.items() if name != "resume" and value is not None}
     elif isinstance(loaded.get("finetune"), dict):
@@ -349,6 +352,8 @@ def _check_together(config: FinetuneConfig) -> None:
         from memopt.jobs.rules import require_effect  # imports torch
 
         require_effect(config)
+    if config.model == "demo" and config.method == "lora":
+        raise BadInput("model = 'demo' with method = 'lora': the demo has random weights, which adapters cannot save")
     if config.init == "random" and config.method == "lora":
         raise BadInput("init = 'random' with method = 'lora': adapters cannot save random weights; use one")
 
