@@ -209,6 +209,24 @@ def test_nan_steps_can_be_skipped_and_are_counted(tiny: Tiny, tmp_path: Path, cl
     assert rows_of(tmp_path / "log.jsonl")[1]["loss"] is None
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_run_that_met_nan_can_go_on_without_such_steps(tiny: Tiny, tmp_path: Path, clip: float) -> None:
+    """As the message of the stop says, and as if it had been told so from the start."""
+    model = poisoned(tiny, tmp_path / "model")
+
+    def at(name: str, **changes: Any) -> memopt.FinetuneConfig:
+        return config(tiny, tmp_path / name, model=model, data=None, max_grad_norm=clip, **changes)
+
+    with placed("mix"):
+        memopt.finetune(at("one", skip_nonfinite=True), batches=given(3))
+        with pytest.raises(NonFinite):
+            memopt.finetune(at("two"), batches=given(3))
+        report = memopt.finetune(at("two", resume=True, skip_nonfinite=True), batches=given(3))
+    assert report.results["skipped_steps"] == 1
+    one, two = (weights_of(tmp_path / name / "out") for name in ("one", "two"))
+    assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
+
+
 def test_a_diverged_step_is_not_what_is_kept(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, said = run_line(capfd, *line(tiny, tmp_path, "--lr", 1e38, "--quiet", "--save-every", 1))
     assert code == 1 and "step 2: the loss is" in said and said.count("\n") == 1

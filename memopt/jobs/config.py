@@ -84,7 +84,11 @@ class FinetuneConfig:
     )
     seq_len: int = setting("Tokens per packed sequence; capped by the model's own limit.", "Data", 1024, fixed=True)
     batch_size: int | Literal["auto"] = setting(
-        "Sequences per micro-batch; `auto` lets the plan choose.", "Data", 1, metavar="N|auto", fixed=True
+        "Sequences per micro-batch; `auto` lets the plan cut the --grad-accum sequences of a step.",
+        "Data",
+        1,
+        metavar="N|auto",
+        fixed=True,
     )
     grad_accum: int = setting("Micro-batches per optimizer step.", "Data", 1, fixed=True)
     epochs: float = setting("Passes over the data.", "Data", 3.0, fixed=True)
@@ -181,7 +185,7 @@ class FinetuneConfig:
     warmup_steps: int = setting("Steps over which the rate rises from 0.", "Optimizer", 0, fixed=True)
     max_grad_norm: float = setting("Clip the global gradient norm to this; 0: off.", "Optimizer", 1.0, fixed=True)
     skip_nonfinite: bool = setting(
-        "Skip and count a step whose loss is NaN or Inf instead of stopping.", "Optimizer", False, fixed=True
+        "Skip and count a step whose loss is NaN or Inf instead of stopping.", "Optimizer", False
     )
 
     output: str | None = setting(
@@ -352,6 +356,17 @@ def _check_together(config: FinetuneConfig) -> None:
         from memopt.jobs.rules import require_effect  # imports torch
 
         require_effect(config)
+    if config.warmup_steps and config.schedule == "constant":
+        raise BadInput(
+            f"warmup_steps = {config.warmup_steps} with schedule = 'constant': that has none; give constant_with_warmup"
+        )
+    if config.method != "lora":
+        for each in dataclasses.fields(config):
+            value = getattr(config, each.name)
+            if each.metadata["group"] == "LoRA" and value != each.default:
+                raise BadInput(
+                    f"{each.name} = {value!r} with method = {config.method!r}: give method lora, or leave it out"
+                )
     if config.model == "demo" and config.method == "lora":
         raise BadInput("model = 'demo' with method = 'lora': the demo has random weights, which adapters cannot save")
     if config.init == "random" and config.method == "lora":
