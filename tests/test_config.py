@@ -107,6 +107,7 @@ def test_unknown_and_double_names() -> None:
         ({"lora_rank": 16}, r"lora_rank = 16 with method = 'full': give method lora"),
         ({"target_modules": ["q"]}, r"lora_target_modules = \('q',\) with method = 'full'"),
         ({"schedule": "constant", "warmup_steps": 5}, r"warmup_steps = 5 .*give constant_with_warmup"),
+        ({"save_steps": 5}, r"save_every = 5 without offload_dir"),
         ({"model": " "}, r"model = ' ': "),
         ({"ssd_endurance": "600"}, r"ssd_endurance"),
         ({"ssd_endurance": "xTB"}, r"ssd_endurance = 'xTB'"),
@@ -181,6 +182,13 @@ def test_toml_and_report_files(tmp_path: Path) -> None:
     report.write_text(json.dumps({"schema": "memopt.report/1", "config": {}, "results": {}}))
     with pytest.raises(BadInput, match="a report that holds no settings of a fine-tuning"):
         read_settings(report)
+
+
+def test_a_home_directory_may_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = FinetuneConfig(model="~/m", data="~/d.txt", output="~/o", offload_dir="~/run", log_file="~x")
+    assert (config.model, config.data, config.output) == ("/home/ada/m", "/home/ada/d.txt", "/home/ada/o")
+    assert config.offload_dir == "/home/ada/run" and config.log_file == "~x"
 
 
 @pytest.mark.parametrize(

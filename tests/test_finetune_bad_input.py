@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memopt.errors import BadInput
+from memopt.jobs.output_dir import check_output
 from memopt.jobs.run_dir import RunDirectory
 from tests.finetune_helpers import Forks, Tiny, run_line
 
@@ -231,6 +233,11 @@ def test_a_full_disk(refused: Say, mounted: Mount, room: str) -> None:
 def test_a_read_only_disk(refused: Say, mounted: Mount) -> None:
     assert "Read-only file system" in refused("--offload-dir", mounted("size=1m,ro") / "run")
     assert "cannot be written to" in refused("--output", mounted("size=1m,ro") / "out")
+
+
+def test_a_mount_point_is_no_output(mounted: Mount) -> None:
+    with pytest.raises(BadInput, match="is a mount point"):
+        check_output(mounted("size=1m"), overwrite=False)
 
 
 def test_no_room_for_the_result(refused: Say, mounted: Mount) -> None:

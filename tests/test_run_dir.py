@@ -153,6 +153,18 @@ def test_an_output_appears_whole(tmp_path: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_an_output_behind_a_link_is_written_there(tmp_path: Path) -> None:
+    (tmp_path / "large" / "out").mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "large" / "out")
+    for text in ("one", "two"):
+        check_output(link, overwrite=True)
+        with replace_output(link, overwrite=True) as place:
+            assert place.is_relative_to(tmp_path / "large")
+            write(place, text)
+        assert link.is_symlink() and (tmp_path / "large" / "out" / "model").read_text() == text
+
+
 def test_a_failed_output_leaves_the_old_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with replace_output(out, overwrite=False) as place:

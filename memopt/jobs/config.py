@@ -19,6 +19,7 @@ from memopt.units import parse_bytes
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 OPTIMIZER_OPTIONS = ("momentum", "rank", "update_proj_gap", "proj_scale", "proj_type")
 """Settings that only some optimizers have a use for."""
+_PATHS = ("model", "data", "eval_data", "output", "offload_dir", "machine", "log_file", "report")
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}
 
 # Hugging Face's (Trainer, peft, trl) names for the same things.
@@ -211,7 +212,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, coerce(type(self), each, getattr(self, each.name)))
+            value = coerce(type(self), each, getattr(self, each.name))
+            if each.name in _PATHS and value is not None:
+                value = os.path.expanduser(value)  # a shell does it for flags, nobody for a TOML file
+            object.__setattr__(self, each.name, value)
         _check_numbers(self)
         _check_budgets(self)
         _check_together(self)
@@ -350,6 +354,8 @@ def _check_together(config: FinetuneConfig) -> None:
         raise BadInput("resume = True without offload_dir: name the directory that holds the interrupted run")
     if config.eval_every is not None and config.eval_data is None:
         raise BadInput(f"eval_every = {config.eval_every} without eval_data: name the held-out data, or leave it out")
+    if config.save_every is not None and config.offload_dir is None:
+        raise BadInput(f"save_every = {config.save_every} without offload_dir: that is where saves go; name one")
     if config.ssd is not None and config.offload_dir is None:
         raise BadInput(f"ssd = {config.ssd!r} without offload_dir: name a directory on the SSD")
     if any(getattr(config, name) is not None for name in OPTIMIZER_OPTIONS):

@@ -30,6 +30,10 @@ def check_output(output: Path, *, overwrite: bool, keep: Mapping[str, Path] | No
         raise BadInput(f"--output {output} is a link to nothing; remove it or name another directory")
     if output.exists() and not output.is_dir():
         raise BadInput(f"--output {output} is a file; name a directory")
+    if os.path.ismount(output):
+        raise BadInput(
+            f"--output {output} is a mount point, which cannot be replaced as a whole; name a directory in it"
+        )
     parent = _nearest(output)
     if not parent.is_dir():
         raise BadInput(f"--output {output}: {parent} is a file; name another directory")
@@ -83,7 +87,7 @@ def replace_output(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises BadInput when `output` was filled by somebody else meanwhile; the result then stands under a new name.
     """
-    output = output.absolute()
+    output = output.resolve()  # a link may lead to a larger disk
     beside = output.with_name(f".{output.name}.memopt-new")
     _tidy(beside, output)
     beside.mkdir(parents=True)
@@ -108,7 +112,7 @@ def replace_output(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def _nearest(path: Path) -> Path:
     """What exists of the way to `path`."""
-    parent = path.absolute().parent
+    parent = path.resolve().parent
     while not parent.exists():
         parent = parent.parent
     return parent
