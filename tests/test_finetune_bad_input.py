@@ -259,6 +259,13 @@ def test_a_disk_that_gets_full_while_the_result_is_written(
     assert code == 2 and f"--output {small / 'out'} could not be written" in said and said.count("\n") == 1
     assert ("is saved in" if offload else "nothing was saved") in said and not list(small.iterdir())
     if offload:
+        export = ["export", tmp_path / "run", "--output", small / "out", "--quiet"]
+        if method == "full":
+            assert "the model takes 166.88 KiB" in run_line(capfd, *export)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr("memopt.jobs.export.require_space", lambda output, nbytes: None)
+            code, said = run_line(capfd, *export)
+        assert code == 2 and said.count("\n") == 1 and not list(small.iterdir())
         assert run_line(capfd, *run, "--resume", "--output", tmp_path / "out")[0] == 0
 
 
