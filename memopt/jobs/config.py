@@ -358,10 +358,11 @@ def _check_together(config: FinetuneConfig) -> None:
         raise BadInput(f"save_every = {config.save_every} without offload_dir: that is where saves go; name one")
     if config.ssd is not None and config.offload_dir is None:
         raise BadInput(f"ssd = {config.ssd!r} without offload_dir: name a directory on the SSD")
-    if any(getattr(config, name) is not None for name in OPTIMIZER_OPTIONS):
-        from memopt.jobs.rules import require_effect  # imports torch
+    options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS}
+    if any(value is not None for value in options.values()):
+        from memopt.jobs.optimizer_options import require_effect  # imports torch
 
-        require_effect(config)
+        require_effect(config.optimizer, options)
     if config.warmup_steps and config.schedule == "constant":
         raise BadInput(
             f"warmup_steps = {config.warmup_steps} with schedule = 'constant': that has none; give constant_with_warmup"

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from memopt.errors import BadInput
 from memopt.jobs.config import OPTIMIZER_OPTIONS, FinetuneConfig
 from memopt.optim import native
 from memopt.optim.chunked import ChunkRule
@@ -18,7 +17,6 @@ from memopt.optim.grouping import routes_of
 from memopt.optim.items import Route
 from memopt.optim.matrix_rule import MatrixRule
 from memopt.optim.presets import PRESETS, Assignment, Policy, resolve
-from memopt.optim.roles import Role
 from memopt.optim.routing import route
 from memopt.optim_types import UpdateRule
 
@@ -41,22 +39,6 @@ def update_rules(config: FinetuneConfig, module: nn.Module) -> Rules:
     assignments = [replace(each, policy=_with_betas(each.policy, config)) for each in resolved]
     rules = {made.name: _rule(made, config) for made, _ in routes_of(assignments)}
     return Rules(rules, tuple(_notes(config, assignments, rules)))
-
-
-def require_effect(config: FinetuneConfig) -> None:
-    """Raises BadInput for a setting that the optimizer of this run has no use for."""
-    for name in OPTIMIZER_OPTIONS:
-        value = getattr(config, name)
-        users = [key for key, preset in PRESETS.items() if any(_reads(preset.policy(role), name) for role in Role)]
-        if value is not None and config.optimizer not in users:
-            raise BadInput(
-                f"{name} = {value!r} with optimizer = {config.optimizer!r}: only {', '.join(users)} use it; "
-                "leave it out or choose one of them"
-            )
-
-
-def _reads(policy: Policy, name: str) -> bool:
-    return policy.rule in ("sgd", "muon") if name == "momentum" else policy.projection is not None
 
 
 def _with_betas(policy: Policy, config: FinetuneConfig) -> Policy:
