@@ -6,6 +6,7 @@ than asked for; 70 a defect of memopt; 130 interrupted. `memopt profile` passes 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -34,13 +35,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         build_app()(args=list(arguments), prog_name="memopt")
     except SystemExit as leaving:
+        if leaving.code == _EXIT_INTERRUPTED:  # what typer makes of KeyboardInterrupt, without a word
+            _say("interrupted")
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except MemoptError as error:
         _say(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return _EXIT_INTERRUPTED
     except Exception as error:
         _say(f"a defect of memopt ({type(error).__name__}: {error}); {_keep_traceback()}")
         return _EXIT_DEFECT
@@ -93,7 +93,8 @@ def _register_missing(app: typer.Typer, name: str, error: ImportError) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"memopt: {' '.join(text.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone; the exit code is not
+        print(f"memopt: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _keep_traceback() -> str:

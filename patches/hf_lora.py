@@ -18,6 +18,8 @@ from memopt.errors import BadInput
 
 _BASE = ".base_layer"
 _PREFIX = "base_model.model."
+_EVERYWHERE = "all-linear"
+"""peft's word for every linear layer but the head."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,19 @@ class Adapted:
 
     def write(self, directory: Path, tensors: Callable[[str], torch.Tensor], tokenizer: Any) -> None:
         """Fill a new directory with the adapters as peft stores them: adapter_model.safetensors,
-        adapter_config.json."""
+        adapter_config.json. Raises OSError when the disk refuses."""
         from peft import get_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         state = {_PREFIX + n: tensors(n).clone() for n, p in self.module.named_parameters() if p.requires_grad}
         adapters = get_peft_model_state_dict(self.peft_model, state_dict=state)
         directory.mkdir(parents=True)
-        save_file(adapters, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        file = directory / "adapter_model.safetensors"
+        try:
+            save_file(adapters, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(0, str(error), os.fspath(file)) from error
         config = copy.copy(self.peft_model.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(os.fspath(directory))
@@ -74,12 +81,16 @@ def adapt(
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise BadInput("--method lora needs peft: pip install 'memopt[hf]'") from None
+    everywhere = target_modules == (_EVERYWHERE,)
+    names = () if everywhere or target_modules is None else target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=list(target_modules) if target_modules else None,
+        target_modules=_EVERYWHERE if everywhere else list(names) or None,
+        # peft finds this out by itself, with a warning
+        fan_in_fan_out=any(type(child).__name__ == "Conv1D" for child in module.modules()),
         base_model_name_or_path=base_name,
     )
     try:
@@ -89,6 +100,7 @@ def adapt(
             f"LoRA cannot be placed ({str(error).splitlines()[0]}); name modules with --lora-target-modules, "
             "for instance q_proj,v_proj"
         ) from None
+    _refuse_unplaced(module, names)
     _refuse_tables(module)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     for child in module.modules():
@@ -96,6 +108,16 @@ def adapt(
             if param is not None and param.requires_grad and not param.is_meta:
                 child._parameters[key] = nn.Parameter(param.detach().to("meta"))
     return Adapted(module, peft_model)
+
+
+def _refuse_unplaced(module: nn.Module, target_modules: tuple[str, ...]) -> None:
+    """peft is content when one of the names is found; a name misspelt would not be trained, in silence."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    placed = [name for name, child in module.named_modules() if isinstance(child, BaseTunerLayer)]
+    for wanted in target_modules:
+        if not any(n == wanted or n.endswith(f".{wanted}") for n in placed):
+            raise BadInput(f"LoRA cannot be placed: the model has no module {wanted!r} that it can adapt; leave it out")
 
 
 def _refuse_tables(module: nn.Module) -> None:

@@ -77,7 +77,7 @@ def test_a_flag_wins_over_the_file(app: typer.Typer, ran: list[FinetuneConfig], 
 
 def test_every_setting_can_be_given_as_a_flag(app: typer.Typer, ran: list[FinetuneConfig], tmp_path: Path) -> None:
     wanted = FinetuneConfig(
-        model="m", init="random", method="full", lora_rank=4, lora_alpha=8, lora_dropout=0.1,
+        model="m", init="pretrained", method="lora", lora_rank=4, lora_alpha=8, lora_dropout=0.1,
         lora_target_modules=("q", "v"), data="d", seq_len=64, batch_size=2, grad_accum=3, epochs=1.5, max_steps=9,
         eval_data="e", eval_every=2, dram="80%", gpu="1GiB", ssd="2GiB", machine="x", offload_dir="dir",
         ssd_endurance="1TB", optimizer="galore_muon", optim_state_dtype="bfloat16", momentum=0.9, rank=8,

@@ -103,6 +103,11 @@ def test_unknown_and_double_names() -> None:
         ({"resume": "yes"}, r"resume = 'yes': give true or false"),
         ({"eval_every": 5}, r"eval_every = 5 without eval_data"),
         ({"init": "random", "method": "lora"}, r"init = 'random' with method = 'lora'"),
+        ({"model": "demo", "method": "lora"}, r"model = 'demo' with method = 'lora'"),
+        ({"lora_rank": 16}, r"lora_rank = 16 with method = 'full': give method lora"),
+        ({"target_modules": ["q"]}, r"lora_target_modules = \('q',\) with method = 'full'"),
+        ({"schedule": "constant", "warmup_steps": 5}, r"warmup_steps = 5 .*give constant_with_warmup"),
+        ({"save_steps": 5}, r"save_every = 5 without offload_dir"),
         ({"model": " "}, r"model = ' ': "),
         ({"ssd_endurance": "600"}, r"ssd_endurance"),
         ({"ssd_endurance": "xTB"}, r"ssd_endurance = 'xTB'"),
@@ -139,7 +144,8 @@ def test_every_preset_is_an_optimizer() -> None:
 
 
 def test_synonyms_and_lists() -> None:
-    config = FinetuneConfig.of(model="m", dtype="bf16", lora_target_modules="q_proj, v_proj", batch_size="auto")
+    modules = "q_proj, v_proj"
+    config = FinetuneConfig.of(model="m", method="lora", dtype="bf16", lora_target_modules=modules, batch_size="auto")
     assert (config.dtype, config.lora_target_modules, config.batch_size) == ("bfloat16", ("q_proj", "v_proj"), "auto")
     assert FinetuneConfig.of(model="m", batch_size="4").batch_size == 4
 
@@ -158,7 +164,7 @@ def test_endurance_is_decimal(text: str, nbytes: int) -> None:
 def test_a_dict_and_json_bring_the_same_config_back(
     lr: float, seq_len: int, modules: list[str] | None, dram: str | int | None
 ) -> None:
-    config = FinetuneConfig.of(model="m", lr=lr, seq_len=seq_len, lora_target_modules=modules, dram=dram)
+    config = FinetuneConfig.of(model="m", method="lora", lr=lr, seq_len=seq_len, lora_target_modules=modules, dram=dram)
     assert FinetuneConfig.of(**config.to_dict()) == config
     assert FinetuneConfig.of(**json.loads(json.dumps(config.to_dict()))) == config
 
@@ -167,12 +173,22 @@ def test_toml_and_report_files(tmp_path: Path) -> None:
     toml = tmp_path / "run.toml"
     toml.write_text('model = "m"\nlearning-rate = 1e-4\ndram = "2GiB"\nquiet = true\n')
     assert FinetuneConfig.from_toml(toml) == FinetuneConfig(model="m", lr=1e-4, dram="2GiB", quiet=True)
-    toml.write_text('[finetune]\nmodel = "m"\n')
+    toml.write_text('\ufeff[finetune]\nmodel = "m"\n')  # as some editors begin a file
     assert FinetuneConfig.from_toml(toml).model == "m"
     config = FinetuneConfig(model="m", offload_dir="o", resume=True, lr=0.1)
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"schema": "memopt.report/1", "config": config.to_dict()}))
     assert FinetuneConfig.of(**read_settings(report)) == config.with_changes(resume=False)
+    report.write_text(json.dumps({"schema": "memopt.report/1", "config": {}, "results": {}}))
+    with pytest.raises(BadInput, match="a report that holds no settings of a fine-tuning"):
+        read_settings(report)
+
+
+def test_a_home_directory_may_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = FinetuneConfig(model="~/m", data="~/d.txt", output="~/o", offload_dir="~/run", log_file="~x")
+    assert (config.model, config.data, config.output) == ("/home/ada/m", "/home/ada/d.txt", "/home/ada/o")
+    assert config.offload_dir == "/home/ada/run" and config.log_file == "~x"
 
 
 @pytest.mark.parametrize(

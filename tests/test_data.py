@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -70,12 +71,44 @@ def test_a_directory_is_read_in_order(tmp_path: Path) -> None:
         ("a.txt", b"one\ntwo\n\xffthree", r"a\.txt:3: not UTF-8"),
         ("a.txt", b"one\n" * 20000 + b"\xc3", r"a\.txt:20001: not UTF-8"),
         ("a.csv", b"one", r"a\.csv: unknown kind of file '\.csv'"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "a\\ud800"}\n', r"a\.jsonl:2: `text` holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "ok"}\n' + b"[" * 99999, r"a\.jsonl:2: not JSON \(maximum recursion"),
+        ("a.jsonl", b'{"text": null, "label": 1}\n', r"a\.jsonl:1: no `text` \(the record has: label\)"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
         list(read_records(tmp_path / name))
+
+
+def test_suffixes_may_be_large(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("one")
+    write_jsonl(tmp_path / "B.JSONL", [{"text": "two"}])
+    for source in (tmp_path, tmp_path / "A.TXT"):
+        assert next(read_records(source)) == Text(str(tmp_path / "A.TXT"), "one")
+    assert [each.text for each in read_records(tmp_path) if isinstance(each, Text)] == ["one", "two"]
+
+
+def test_what_is_no_file_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(BadInput, match=r"b\.txt: a link to nothing"):
+        list(read_records(tmp_path))
+    (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for source in (tmp_path, tmp_path / "pipe.jsonl"):
+        with pytest.raises(BadInput, match=r"pipe\.jsonl: .*no regular file"):
+            list(read_records(source))
+    (tmp_path / "pipe.jsonl").unlink()
+
+    def walk(top: Path, onerror: Any) -> Any:  # permissions do not stop a superuser
+        yield str(top), ["closed"], ["a.txt"]
+        onerror(PermissionError(13, "Permission denied", str(top / "closed")))
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(BadInput, match=r"closed: cannot be read \(Permission denied\)"):
+        list(read_records(tmp_path))
 
 
 def test_missing_sources(tmp_path: Path) -> None:

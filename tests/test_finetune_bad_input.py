@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memopt.errors import BadInput
+from memopt.jobs.output_dir import check_output
 from memopt.jobs.run_dir import RunDirectory
 from tests.finetune_helpers import Forks, Tiny, run_line
 
@@ -231,6 +233,50 @@ def test_a_full_disk(refused: Say, mounted: Mount, room: str) -> None:
 def test_a_read_only_disk(refused: Say, mounted: Mount) -> None:
     assert "Read-only file system" in refused("--offload-dir", mounted("size=1m,ro") / "run")
     assert "cannot be written to" in refused("--output", mounted("size=1m,ro") / "out")
+
+
+def test_a_mount_point_is_no_output(mounted: Mount) -> None:
+    with pytest.raises(BadInput, match="is a mount point"):
+        check_output(mounted("size=1m"), overwrite=False)
+
+
+def test_no_room_for_the_result(refused: Say, mounted: Mount) -> None:
+    assert "the model takes 166.88 KiB" in refused("--output", mounted("size=100k") / "out")
+
+
+@pytest.mark.parametrize(("offload", "method"), [(True, "full"), (False, "full"), (True, "lora")])
+def test_a_disk_that_gets_full_while_the_result_is_written(
+    tiny: Tiny, mounted: Mount, tmp_path: Path, capfd: pytest.CaptureFixture[str], offload: bool, method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    small = mounted("size=100k" if method == "full" else "size=12k")
+    run = ["finetune", "--model", tiny.model(), "--data", tiny.text, "--seq-len", 32, "--max-steps", 1, "--quiet"]
+    run += ["--method", method]
+    run += ["--offload-dir", tmp_path / "run"] if offload else []
+    with monkeypatch.context() as patch:
+        patch.setattr("memopt.jobs.finetune.require_space", lambda output, nbytes: None)
+        code, said = run_line(capfd, *run, "--output", small / "out")
+    assert code == 2 and f"--output {small / 'out'} could not be written" in said and said.count("\n") == 1
+    assert ("is saved in" if offload else "nothing was saved") in said and not list(small.iterdir())
+    if offload:
+        export = ["export", tmp_path / "run", "--output", small / "out", "--quiet"]
+        if method == "full":
+            assert "the model takes 166.88 KiB" in run_line(capfd, *export)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr("memopt.jobs.export.require_space", lambda output, nbytes: None)
+            code, said = run_line(capfd, *export)
+        assert code == 2 and said.count("\n") == 1 and not list(small.iterdir())
+        assert run_line(capfd, *run, "--resume", "--output", tmp_path / "out")[0] == 0
+
+
+def test_files_in_each_others_way(refused: Say, tiny: Tiny, tmp_path: Path) -> None:
+    assert "is where the run keeps its state" in refused("--output", tmp_path / "run" / "state")
+    assert "is where the run keeps its scratch" in refused("--log-file", tmp_path / "run" / "scratch")
+    assert "there is no directory" in refused("--report", tmp_path / "none" / "r.json")
+    assert "would replace --model" in refused("--output", tiny.model())
+    (tmp_path / "texts").mkdir()
+    data = shutil.copy(tiny.text, tmp_path / "texts")
+    assert "would replace --data" in refused("--output", tmp_path / "texts", "--data", data)
 
 
 def test_tmpfs_is_allowed_with_a_warning(tiny: Tiny, mounted: Mount, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import memopt
 from memopt.errors import NonFinite
+from memopt.units import GiB
 from tests.finetune_helpers import (
     Forks,
     Tiny,
@@ -207,6 +209,24 @@ def test_nan_steps_can_be_skipped_and_are_counted(tiny: Tiny, tmp_path: Path, cl
     assert rows_of(tmp_path / "log.jsonl")[1]["loss"] is None
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_run_that_met_nan_can_go_on_without_such_steps(tiny: Tiny, tmp_path: Path, clip: float) -> None:
+    """As the message of the stop says, and as if it had been told so from the start."""
+    model = poisoned(tiny, tmp_path / "model")
+
+    def at(name: str, **changes: Any) -> memopt.FinetuneConfig:
+        return config(tiny, tmp_path / name, model=model, data=None, max_grad_norm=clip, **changes)
+
+    with placed("mix"):
+        memopt.finetune(at("one", skip_nonfinite=True), batches=given(3))
+        with pytest.raises(NonFinite):
+            memopt.finetune(at("two"), batches=given(3))
+        report = memopt.finetune(at("two", resume=True, skip_nonfinite=True), batches=given(3))
+    assert report.results["skipped_steps"] == 1
+    one, two = (weights_of(tmp_path / name / "out") for name in ("one", "two"))
+    assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
+
+
 def test_a_diverged_step_is_not_what_is_kept(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, said = run_line(capfd, *line(tiny, tmp_path, "--lr", 1e38, "--quiet", "--save-every", 1))
     assert code == 1 and "step 2: the loss is" in said and said.count("\n") == 1
@@ -229,6 +249,22 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
         assert "training state (weights, gradients, optimizer) is" in said and "the plan needs" in said
         assert "clipping needs the global norm first" in said
     assert not list(tmp_path.iterdir()) and picture(finished) == before
+
+
+def test_no_more_memory_is_planned_for_than_there_is(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget, or the profile of a larger machine, would let the kernel end the run."""
+    monkeypatch.setattr("memopt.machine.dram_capacity", lambda: (4 * GiB, "a small host"))
+    report = tmp_path / "report.json"
+    for number, asked in enumerate((["--dram", "100GiB"], ["--machine", "rtx4090-64g"])):
+        more = ["--report", report, "--output", tmp_path / f"{number}", *asked]
+        code, said = run_line(capfd, *line(tiny, tmp_path / f"at{number}", "--max-steps", 1, *more))
+        assert code == 0 and "of 3.80 GiB" in said
+        assert re.search(r"the dram budget of .* is more than the 4.00 GiB of this machine .*: 3.80 GiB are used", said)
+        assert memopt.Report.load(report).tiers.dram.budget_bytes == 4 * GiB - 4 * GiB // 20
+    code, said = run_line(capfd, *line(tiny, tmp_path, "--dry-run", "--dram", "100GiB", "--report", report))
+    assert code == 0 and memopt.Report.load(report).tiers.dram.budget_bytes == 100 * GiB
 
 
 def test_save_every(finished: Path, tiny: Tiny, tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.finetune_helpers import Child, Forks, Tiny, assert_same_weights, rows_of, wait_for, weights_of
+from memopt.jobs.schedule import lr_at
+from memopt.offload.engine import Engine
+from tests.finetune_helpers import Child, Forks, Tiny, assert_same_weights, rows_of, run_line, wait_for, weights_of
 
 KILLS = 20
 STEPS = 70
@@ -123,3 +129,107 @@ def test_a_signal_stops_after_the_step(tiny: Tiny, forks: Forks, tmp_path: Path,
     assert [row["step"] for row in rows_of(stopped / "log.jsonl")] == list(range(1, steps + 1))
     assert_same_weights(stopped / "out", undisturbed / "out")
     assert weights_of(stopped / "out")
+
+
+# -- signals at a chosen moment, in this process
+
+
+@pytest.fixture
+def handlers_stay() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def sending(*numbers: int, at: int = 1, then: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A function that sends these signals to this process when it is called for the `at`th time."""
+    calls = itertools.count(1)
+
+    def send(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return then(*args, **kwargs) if then is not None else None
+
+    return send
+
+
+@pytest.mark.usefixtures("handlers_stay", "one_thread")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("where", ["prepare_job", "fill_state"])
+def test_before_the_first_step_it_stops_at_once_and_leaves_nothing(
+    tiny: Tiny,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    where: str,
+) -> None:
+    monkeypatch.setattr(f"memopt.jobs.finetune.{where}", sending(number))
+    code, said = run_line(capfd, *arguments(tiny, tmp_path, 2))
+    assert code == 130 and said == "memopt: interrupted; nothing was saved yet\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.usefixtures("handlers_stay", "one_thread")
+def test_asked_twice_it_stops_at_once_and_says_what_is_saved(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("memopt.jobs.finetune.lr_at", sending(signal.SIGINT, signal.SIGINT, at=3, then=lr_at))
+        code, said = run_line(capfd, *arguments(tiny, tmp_path, 4))
+    assert code == 130 and len(rows_of(tmp_path / "log.jsonl")) == 2
+    # the update of step 2 had not been taken along by the forward of step 3
+    assert f"interrupted; the last save in {tmp_path / 'run'} is of step 1; go on with --resume" in said
+    assert run_line(capfd, *arguments(tiny, tmp_path, 4, "--resume"))[0] == 0
+    assert [row["step"] for row in rows_of(tmp_path / "log.jsonl")] == [1, 2, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("handlers_stay", "one_thread")
+def test_a_closed_terminal_ends_the_run_like_a_stop(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loud = [a for a in arguments(tiny, tmp_path, 4) if a != "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr("memopt.jobs.finetune.lr_at", sending(signal.SIGHUP, at=2, then=lr_at))
+        code, said = run_line(capfd, *loud)
+    assert code == 130 and "step 1/4" in said and "step 2/4" not in said and "stopping" not in said
+    assert f"the state after step 2 is saved in {tmp_path / 'run'}" in said
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # under nohup it goes on
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("memopt.jobs.finetune.lr_at", sending(signal.SIGHUP, then=lr_at))
+            assert run_line(capfd, *loud, "--resume")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("handlers_stay", "one_thread")
+def test_a_long_evaluation_is_broken_off(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+
+    def evaluate(self: Engine, batch: Any) -> tuple[float, int]:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0, 1
+
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
+    code, said = run_line(capfd, *arguments(tiny, tmp_path, 2, "--eval-data", tiny.text))
+    assert code == 130 and next(calls) == 3 and not rows_of(tmp_path / "log.jsonl")
+    assert "the state after step 0 is saved" in said
+
+
+@pytest.mark.usefixtures("handlers_stay", "one_thread")
+def test_interrupted_while_the_result_is_written(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("memopt.jobs.finetune.write_model", sending(signal.SIGTERM))
+        code, said = run_line(capfd, *arguments(tiny, tmp_path, 2))
+    assert code == 130 and f"the last save in {tmp_path / 'run'} is of step 2; go on with --resume" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "run"]
+    assert run_line(capfd, *arguments(tiny, tmp_path, 2, "--resume"))[0] == 0
+    assert weights_of(tmp_path / "out")

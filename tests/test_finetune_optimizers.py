@@ -127,7 +127,7 @@ def test_what_is_refused(
 
 
 def test_adapters_are_no_hidden_matrices(tiny: Tiny, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method": "lora", "lora_rank": 4, "max_steps": 3, "schedule": "constant"}
+    settings: dict[str, Any] = {"method": "lora", "lora_rank": 4, "max_steps": 3, "schedule": "constant_with_warmup"}
     for optimizer in ("galore8bit", "muon"):
         run = config(tiny, tmp_path / optimizer, **settings, optimizer=optimizer, beta2=0.999)
         report = memopt.finetune(run)

@@ -145,11 +145,33 @@ def test_killed_and_resumed(tiny: Tiny, forks: Forks, tmp_path: Path, capfd: pyt
 
 
 @pytest.mark.parametrize(
+    ("kind", "targets", "placed_on"),
+    [
+        ("llama", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", "c_attn", {"c_attn"}),
+    ],
+)
+def test_it_is_placed_where_peft_would(
+    tiny: Tiny, tmp_path: Path, kind: str, targets: str, placed_on: set[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Every linear layer; a layer that is stored turned, of which peft would warn."""
+    run = lora(tiny, tmp_path, model=tiny.model(kind), lora_target_modules=targets)
+    memopt.finetune(run.with_changes(max_steps=1))
+    assert not recwarn.list
+    adapters = weights_of(tmp_path / "out")
+    assert {name.split(".")[-3] for name in adapters} == placed_on
+    base = AutoModelForCausalLM.from_pretrained(run.model)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    assert peft.get_peft_model_state_dict(loaded).keys() == adapters.keys()
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--lora-target-modules", "no_such_proj"], "LoRA cannot be placed"),
         (["--lora-target-modules", "lm_head"], r"LoRA on the output head \(lm_head\)"),
         (["--lora-target-modules", "embed_tokens"], r"LoRA on the input embedding \(model.embed_tokens\)"),
+        (["--lora-target-modules", "q_proj,w_proj"], "LoRA cannot be placed: .*no module 'w_proj'"),
         (["--init", "random"], "adapters cannot save random weights"),
     ],
 )

@@ -53,12 +53,13 @@ def test_an_error_is_one_line_and_its_exit_code(
     assert capsys.readouterr() == ("", line + "\n")
 
 
-def test_control_c(with_command: Callable[[Callable[[], None]], None]) -> None:
+def test_control_c(with_command: Callable[[Callable[[], None]], None], capsys: pytest.CaptureFixture[str]) -> None:
     def go() -> None:
         raise KeyboardInterrupt
 
     with_command(go)
     assert main.run(["go"]) == 130
+    assert capsys.readouterr() == ("", "memopt: interrupted\n")
 
 
 def test_a_defect_keeps_its_traceback_in_a_file(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memopt.budget import Budget
-from memopt.errors import BadInput
+from memopt.errors import BadInput, StoreError
 from memopt.jobs.progress import Progress, StepRecord
 from memopt.units import GiB, MiB
 
@@ -71,3 +71,39 @@ def test_quiet_still_logs(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="log_file .*cannot be written"):
         Progress(1, log_file=tmp_path)
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed, or a pipe whose reader left."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self._error = error
+
+    def write(self, text: str) -> int:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError()])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_needs_to_look(tmp_path: Path, terminal: bool, error: OSError) -> None:
+    path, shown = tmp_path / "log.jsonl", io.StringIO()
+    with Progress(2, log_file=path, file=Gone(error), terminal=False) as progress:
+        progress.note("not shown")
+        progress.update(record(1))
+    assert json.loads(path.read_text())["step"] == 1
+    with Progress(2, file=shown, terminal=terminal) as progress:
+        progress.silence()
+        progress.note("too late")
+        progress.update(record(1))
+    assert "too late" not in shown.getvalue() and "loss" not in shown.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_without_room_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with (
+        Progress(2, quiet=True, log_file=tmp_path / "log.jsonl") as progress,
+        pytest.raises(StoreError, match=r"log.jsonl: cannot be written \(No space left on device\).*--resume"),
+    ):
+        progress.update(record(1))

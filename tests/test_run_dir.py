@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from memopt.errors import BadInput
-from memopt.jobs.output_dir import MARKER, check_output, replace_output
+from memopt.jobs.output_dir import MARKER, check_file, check_output, replace_output, require_space
+from memopt.jobs.run_dir import MARKER as MARKER_OF_RUN
 from memopt.jobs.run_dir import RunDirectory
 from memopt.store.block_store import BlockStore
-from memopt.store.errors import StoreForeign, StoreLocked, StoreMissing
+from memopt.store.errors import StoreForeign, StoreFull, StoreLocked, StoreMissing
 from memopt.store.extents import KindPolicy, TensorSpec
 from memopt.store.regions import Region
 from memopt.store.transfer import IoPool
@@ -153,6 +153,18 @@ def test_an_output_appears_whole(tmp_path: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_an_output_behind_a_link_is_written_there(tmp_path: Path) -> None:
+    (tmp_path / "large" / "out").mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "large" / "out")
+    for text in ("one", "two"):
+        check_output(link, overwrite=True)
+        with replace_output(link, overwrite=True) as place:
+            assert place.is_relative_to(tmp_path / "large")
+            write(place, text)
+        assert link.is_symlink() and (tmp_path / "large" / "out" / "model").read_text() == text
+
+
 def test_a_failed_output_leaves_the_old_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with replace_output(out, overwrite=False) as place:
@@ -219,8 +231,42 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
             check_output(tmp_path / name, overwrite=overwrite)
     for run in ("o", "o/run", "o/../o"):
         with pytest.raises(BadInput, match="would replace --offload-dir"):
-            check_output(tmp_path / "o", overwrite=True, offload_dir=tmp_path / run)
-    check_output(tmp_path / "o" / "out", overwrite=True, offload_dir=tmp_path / "o")
+            check_output(tmp_path / "o", overwrite=True, keep={"--offload-dir": tmp_path / run})
+    check_output(tmp_path / "o" / "out", overwrite=True, keep={"--offload-dir": tmp_path / "o"})
     (tmp_path / "full" / MARKER).write_text(json.dumps({}))
     check_output(tmp_path / "full", overwrite=True)
-    shutil.rmtree(tmp_path / "full")
+
+
+def test_what_was_added_to_a_result_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with replace_output(out, overwrite=False) as place:
+        write(place, "one")
+    (out / "notes.md").write_text("hours of work")
+    with pytest.raises(BadInput, match=r"did not write \(notes.md\), and --overwrite would remove them"):
+        check_output(out, overwrite=True)
+    (out / MARKER).write_text("[]")
+    with pytest.raises(BadInput, match=f"{MARKER} in it cannot be read"):
+        check_output(out, overwrite=True)
+
+
+def test_a_file_is_known_to_be_impossible_before_the_work(tmp_path: Path) -> None:
+    for path, words in ((tmp_path, "is a directory"), (tmp_path / "none" / "r.json", "there is no directory")):
+        with pytest.raises(BadInput, match=words):
+            check_file(path, "--report")
+    check_file(tmp_path / "r.json", "--report")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_without_room_is_refused(tmp_path: Path) -> None:
+    require_space(tmp_path / "deep" / "out", 1)
+    with pytest.raises(StoreFull, match=r"--output .*out: the model takes 1048576.00 TiB, .* is free there"):
+        require_space(tmp_path / "deep" / "out", 2**60)
+
+
+@pytest.mark.parametrize("name", ["state", "state/x", "scratch", "train.tokens", "demo-model", MARKER_OF_RUN])
+def test_a_runs_own_places_are_not_for_other_files(tmp_path: Path, name: str) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(BadInput, match="is where the run keeps its"):
+        run.refuse_own(tmp_path / "run" / "x" / ".." / name, "--output")
+    run.refuse_own(tmp_path / "run" / "out", "--output")
+    run.refuse_own(tmp_path / name, "--output")

@@ -19,6 +19,7 @@ from memopt.units import parse_bytes
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 OPTIMIZER_OPTIONS = ("momentum", "rank", "update_proj_gap", "proj_scale", "proj_type")
 """Settings that only some optimizers have a use for."""
+_PATHS = ("model", "data", "eval_data", "output", "offload_dir", "machine", "log_file", "report")
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}
 
 # Hugging Face's (Trainer, peft, trl) names for the same things.
@@ -84,7 +85,11 @@ class FinetuneConfig:
     )
     seq_len: int = setting("Tokens per packed sequence; capped by the model's own limit.", "Data", 1024, fixed=True)
     batch_size: int | Literal["auto"] = setting(
-        "Sequences per micro-batch; `auto` lets the plan choose.", "Data", 1, metavar="N|auto", fixed=True
+        "Sequences per micro-batch; `auto` lets the plan cut the --grad-accum sequences of a step.",
+        "Data",
+        1,
+        metavar="N|auto",
+        fixed=True,
     )
     grad_accum: int = setting("Micro-batches per optimizer step.", "Data", 1, fixed=True)
     epochs: float = setting("Passes over the data.", "Data", 3.0, fixed=True)
@@ -181,7 +186,7 @@ class FinetuneConfig:
     warmup_steps: int = setting("Steps over which the rate rises from 0.", "Optimizer", 0, fixed=True)
     max_grad_norm: float = setting("Clip the global gradient norm to this; 0: off.", "Optimizer", 1.0, fixed=True)
     skip_nonfinite: bool = setting(
-        "Skip and count a step whose loss is NaN or Inf instead of stopping.", "Optimizer", False, fixed=True
+        "Skip and count a step whose loss is NaN or Inf instead of stopping.", "Optimizer", False
     )
 
     output: str | None = setting(
@@ -207,7 +212,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, coerce(type(self), each, getattr(self, each.name)))
+            value = coerce(type(self), each, getattr(self, each.name))
+            if each.name in _PATHS and value is not None:
+                value = os.path.expanduser(value)  # a shell does it for flags, nobody for a TOML file
+            object.__setattr__(self, each.name, value)
         _check_numbers(self)
         _check_budgets(self)
         _check_together(self)
@@ -276,7 +284,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--config {path}: cannot be read ({error}); give a TOML file or a memopt report") from None
     try:
@@ -287,7 +295,10 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise BadInput(f"--config {path}: holds no table of settings")
     if path.suffix == ".json":
         results = loaded.get("results")
-        loaded = loaded.get("config") or (results or {}).get("config") or loaded
+        told = loaded.get("config") or (results or {}).get("config")
+        if not told and "schema" in loaded:
+            raise BadInput(f"--config {path}: a report that holds no settings of a fine-tuning; give one of a finetune")
+        loaded = told or loaded
         # a report repeats a run: what only made sense the first time is left behind
         loaded = {name: value for name, value in loaded.items() if name != "resume" and value is not None}
     elif isinstance(loaded.get("finetune"), dict):
@@ -343,6 +354,8 @@ def _check_together(config: FinetuneConfig) -> None:
         raise BadInput("resume = True without offload_dir: name the directory that holds the interrupted run")
     if config.eval_every is not None and config.eval_data is None:
         raise BadInput(f"eval_every = {config.eval_every} without eval_data: name the held-out data, or leave it out")
+    if config.save_every is not None and config.offload_dir is None:
+        raise BadInput(f"save_every = {config.save_every} without offload_dir: that is where saves go; name one")
     if config.ssd is not None and config.offload_dir is None:
         raise BadInput(f"ssd = {config.ssd!r} without offload_dir: name a directory on the SSD")
     options = {name: getattr(config, name) for name in OPTIMIZER_OPTIONS}
@@ -350,6 +363,19 @@ def _check_together(config: FinetuneConfig) -> None:
         from memopt.jobs.optimizer_options import require_effect  # imports torch
 
         require_effect(config.optimizer, options)
+    if config.warmup_steps and config.schedule == "constant":
+        raise BadInput(
+            f"warmup_steps = {config.warmup_steps} with schedule = 'constant': that has none; give constant_with_warmup"
+        )
+    if config.method != "lora":
+        for each in dataclasses.fields(config):
+            value = getattr(config, each.name)
+            if each.metadata["group"] == "LoRA" and value != each.default:
+                raise BadInput(
+                    f"{each.name} = {value!r} with method = {config.method!r}: give method lora, or leave it out"
+                )
+    if config.model == "demo" and config.method == "lora":
+        raise BadInput("model = 'demo' with method = 'lora': the demo has random weights, which adapters cannot save")
     if config.init == "random" and config.method == "lora":
         raise BadInput("init = 'random' with method = 'lora': adapters cannot save random weights; use one")
 

@@ -66,7 +66,7 @@ def read_records(source: str | os.PathLike[str], on_bytes: OnBytes | None = None
         yield from _read_dataset(os.fspath(source))
         return
     for path in files:
-        yield from (_read_txt if path.suffix == ".txt" else _read_jsonl)(path, count)
+        yield from (_read_txt if path.suffix.lower() == ".txt" else _read_jsonl)(path, count)
 
 
 def source_files(source: str | os.PathLike[str]) -> list[Path] | None:
@@ -75,19 +75,24 @@ def source_files(source: str | os.PathLike[str]) -> list[Path] | None:
     if path.is_dir():
         found = [
             Path(folder, name)
-            for folder, _, names in os.walk(path)
+            for folder, _, names in os.walk(path, onerror=_refuse_unreadable)
             for name in names
-            if name.endswith(SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
+        for file in found:
+            if not file.is_file():
+                raise BadInput(f"data {file}: a link to nothing, or no regular file; remove it or move it elsewhere")
         if not found:
             raise BadInput(f"data {path}: the directory holds no .txt or .jsonl file; put some there")
         return sorted(found, key=lambda each: each.relative_to(path).parts)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             raise BadInput(f"data {path}: unknown kind of file {path.suffix!r}; give .txt or .jsonl")
         return [path]
+    if path.exists():
+        raise BadInput(f"data {path}: no regular file, which it must be to be read twice; write it to one first")
     text = os.fspath(source)
-    if path.suffix in SUFFIXES or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise BadInput(f"data {path}: no such file or directory; check the path")
     return None
 
@@ -156,9 +161,15 @@ def _document(where: str, chunks: Iterable[str]) -> Iterator[Text]:
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(
+                f"{where}: `{name}` holds half of a surrogate pair (character {error.start}), which is no text; mend it"
+            ) from None
         return value
     if value is None:
-        has = ", ".join(sorted(map(str, row))) or "nothing"
+        has = ", ".join(sorted(str(each) for each in row if row[each] is not None)) or "nothing"
         raise BadInput(f"{where}: no `{name}` (the record has: {has}); give {_FIELDS}")
     raise BadInput(f"{where}: `{name}` must be text, not {type(value).__name__}")
 
@@ -172,6 +183,11 @@ def _messages(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
     if not any(turn["role"] == "assistant" for turn in value):
         raise BadInput(f"{where}: `messages` holds no turn of the assistant, so there is nothing to learn; remove it")
     return tuple(value)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    # a folder left out in silence would be training on something else than was asked for
+    raise BadInput(f"data {error.filename}: cannot be read ({error.strerror}); check its permissions")
 
 
 def _open(path: Path) -> Any:
@@ -216,7 +232,7 @@ def _read_jsonl(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{where}: not JSON ({error}); each line must be one JSON object") from None
             yield from record_from(row, where)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from memopt.errors import BadInput
+from memopt.errors import BadInput, StoreError
 from memopt.jobs.config import FinetuneConfig
 from memopt.jobs.model_layout import layout_digest
 from memopt.jobs.opened_model import open_model, write_model
-from memopt.jobs.output_dir import check_output, replace_output
+from memopt.jobs.output_dir import check_output, replace_output, require_space
 from memopt.jobs.progress import Progress
 from memopt.jobs.run_dir import RunDirectory
 from memopt.offload.storage import stored_homes
@@ -22,12 +22,12 @@ from memopt.store.transfer import IoPool
 def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quiet: bool = False) -> int:
     """Write the state of the last save in `offload_dir` to `output`; the step it is of.
 
-    Raises StoreMissing, StoreLocked (a run is using it), BadInput when nothing was saved yet or the model that the run
-    began with is not where it was.
+    Raises StoreMissing, StoreFull, StoreLocked (a run is using it), BadInput when nothing was saved yet or the model
+    that the run began with is not where it was.
     """
     from memopt.jobs.tokenizing import load_tokenizer
 
-    check_output(output, overwrite=overwrite, offload_dir=offload_dir)
+    check_output(output, overwrite=overwrite, keep={"--offload-dir": offload_dir})
     directory = RunDirectory(offload_dir)
     about = directory.about()
     saved = directory.saved()
@@ -49,6 +49,10 @@ def export_run(offload_dir: Path, output: Path, *, overwrite: bool = False, quie
         raise BadInput(f"{source} is not the model that this run began with (other parameters); put that one back")
     with IoPool() as pool, BlockStore.open(directory.state, pool, writable=False) as store:
         homes = stored_homes(store, layout)
-        with Progress(quiet=quiet) as progress, replace_output(output, overwrite=overwrite) as place:
-            write_model(model, layout, place, lambda name: homes.parameters([name])[name], progress)
+        require_space(output, model.output_bytes)
+        try:
+            with Progress(quiet=quiet) as progress, replace_output(output, overwrite=overwrite) as place:
+                write_model(model, layout, place, lambda name: homes.parameters([name])[name], progress)
+        except OSError as error:
+            raise StoreError(f"--output {output} could not be written ({error.strerror})") from error
         return int(store.meta["step"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import tempfile
 import threading
 import time
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from memopt.errors import BadInput, Interrupted, OverBudget
+from memopt.errors import BadInput, Interrupted, OverBudget, StoreError
 from memopt.jobs.config import FinetuneConfig
+from memopt.jobs.interrupts import Stop, interruptible
 from memopt.jobs.limits import find_limits
 from memopt.jobs.opened_model import write_model
-from memopt.jobs.output_dir import check_output, replace_output
+from memopt.jobs.output_dir import check_file, check_output, replace_output, require_space
 from memopt.jobs.preparation import Prepared, prepare_job
 from memopt.jobs.progress import Progress, StepRecord
 from memopt.jobs.resume import claimed, refuse_or_resume, require_same_run
@@ -53,12 +54,13 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
     if config.data is None and batches is None and config.model != "demo":
         raise BadInput("no data: give `data`, or `batches`")
     directory = RunDirectory(Path(config.offload_dir)) if config.offload_dir else None
-    if config.output is not None:
-        check_output(Path(config.output), overwrite=config.overwrite, offload_dir=directory.path if directory else None)
+    _check_places(config, directory)
     notes = directory.look() if directory else []
-    with ExitStack() as stack:
+    with interruptible(directory), ExitStack() as stack:
         if directory is not None and not config.dry_run:
             stack.enter_context(claimed(directory, config))
+        if config.report is not None:  # only now: it may lie in the directory
+            check_file(Path(config.report), "--report")
         saved = refuse_or_resume(config, directory, notes)
         watch = [directory.path] if directory else []
         over = threading.Event()
@@ -73,7 +75,8 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
         )
         stack.enter_context(session)
         log_file = None if config.dry_run else config.log_file
-        progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file))
+        progress = stack.enter_context(Progress(quiet=config.quiet, log_file=log_file, budget=limits.budget))
+        stop = stack.enter_context(Stop(progress).listening())
         if directory is not None and not config.dry_run:
             work = directory.path
         else:
@@ -85,12 +88,26 @@ def finetune(config: FinetuneConfig, batches: Iterable[Sequence[Batch]] | None =
                     stack.callback(steps.dataset.close)
             kept = saved["plan"] if saved else None
             prepared, plan = prepared.settle_plan(directory is not None, kept)
-        run = _Run(prepared, plan, directory, ledger, session, progress, over, [*notes, *prepared.notes], saved)
+        run = _Run(prepared, plan, directory, ledger, session, progress, stop, over, [*notes, *prepared.notes], saved)
         stack.callback(run.pool.close)
         run.tell_plan()
         if config.dry_run:
             return run.report(0, {"dry_run": True})
         return run.train()
+
+
+def _check_places(config: FinetuneConfig, directory: RunDirectory | None) -> None:
+    """Raises BadInput for files and directories that would be in each other's way."""
+    sources = {"--model": config.model, "--data": config.data, "--eval-data": config.eval_data}
+    keep = {flag: Path(name) for flag, name in sources.items() if name and os.path.exists(name)}
+    if directory is not None:
+        keep["--offload-dir"] = directory.path
+    if config.output is not None:
+        check_output(Path(config.output), overwrite=config.overwrite, keep=keep)
+    places = {"--output": config.output, "--report": config.report, "--log-file": config.log_file}
+    for flag, name in places.items():
+        if name is not None and directory is not None:
+            directory.refuse_own(Path(name), flag)
 
 
 @dataclass
@@ -103,6 +120,7 @@ class _Run:
     ledger: Ledger
     session: Session
     progress: Progress
+    stop: Stop
     over: threading.Event
     notes: list[str]
     saved: dict[str, Any] | None
@@ -110,7 +128,6 @@ class _Run:
     eval_losses: list[list[float]] = field(default_factory=list)
     tokens: int = 0
     skipped: int = 0
-    interrupted: bool = False
 
     def __post_init__(self) -> None:
         self.config = self.prepared.config
@@ -135,20 +152,21 @@ class _Run:
             engine = stack.enter_context(self._engine(store, scratch))
             start = engine.progress.step
             self.progress.total_steps, self.progress.first_step = steps.total, start
-            with _signals(self), self.session.phase("train"):
-                if self.prepared.eval_steps is not None and start == 0:
-                    self._evaluate(engine)
-                for step in range(start, steps.total):
-                    self._step(engine, step)
-                    if self.interrupted or self.over.is_set():
-                        break
-                else:
-                    if self.prepared.eval_steps is not None and (
-                        config.eval_every is None or steps.total % config.eval_every
-                    ):
+            with self.stop.finishing():
+                with self.session.phase("train"):
+                    if self.prepared.eval_steps is not None and start == 0:
                         self._evaluate(engine)
-            with self.session.phase("save"):
-                engine.save() if self.directory is not None else engine.flush()
+                    for step in range(start, steps.total):
+                        if self._stopping:
+                            break
+                        self._step(engine, step)
+                    else:
+                        if self.prepared.eval_steps is not None and (
+                            config.eval_every is None or steps.total % config.eval_every
+                        ):
+                            self._evaluate(engine)
+                with self.session.phase("save"):
+                    engine.save() if self.directory is not None else engine.flush()
             self.engine_waited_s = engine.waited_s
             self._stop_if_asked(engine)
             if config.output is not None:
@@ -197,6 +215,7 @@ class _Run:
 
     def _stores(self, stack: ExitStack) -> tuple[BlockStore | None, BlockStore | None]:
         if self.directory is None:
+            self._check_output_space()
             return None, None
         prepared, plan = self.prepared, self.plan
         identity = prepared.identity(self.layout)
@@ -213,7 +232,7 @@ class _Run:
             self.layout,
             plan,
             held_units(self.layout, clips=self.config.max_grad_norm > 0),
-            tokens=prepared.steps.max_tokens,
+            tokens=prepared.max_tokens,
             width=prepared.costs.width,
             dtype=prepared.limits.compute.dtype,
         )
@@ -222,6 +241,7 @@ class _Run:
         if scratch is not None:
             stack.callback(BlockStore.destroy, self.directory.scratch)
             stack.enter_context(scratch)
+        self._check_output_space()
         if self.saved is None:  # all space is reserved by now: a full disk is known before the long part
             total = sum(u.master_bytes + u.frozen_bytes for u in self.layout.units)
             with self.session.phase("load"), self.progress.work("loading the model", total) as work:
@@ -236,7 +256,7 @@ class _Run:
             clip_norm=self.config.max_grad_norm,
             seed=self.config.seed,
             width=prepared.costs.width,
-            max_tokens=prepared.steps.max_tokens,
+            max_tokens=prepared.max_tokens,
             skip_nonfinite=self.config.skip_nonfinite,
         )
         meta = store.meta if store is not None else {}
@@ -291,11 +311,18 @@ class _Run:
             )
         )
 
-    def _evaluate(self, engine: Engine) -> float:
+    @property
+    def _stopping(self) -> bool:
+        return self.stop.asked or self.over.is_set()
+
+    def _evaluate(self, engine: Engine) -> float | None:
+        """The held-out loss; None when it was broken off to stop."""
         held_out = self.prepared.eval_steps
         assert held_out is not None
         total = count = 0.0
         for step in range(held_out.total):
+            if self._stopping:
+                return None
             loss, tokens = engine.evaluate(held_out.batch(step))
             total, count = total + loss * tokens, count + tokens
         loss = total / count
@@ -303,13 +330,19 @@ class _Run:
         self.progress.note(f"held-out loss after step {engine.progress.step}: {loss:.4f}")
         return loss
 
+    def _check_output_space(self) -> None:
+        """Raises StoreFull while there is nothing to lose."""
+        if self.config.output is not None:
+            require_space(Path(self.config.output), self.prepared.model.output_bytes)
+
+    def _where(self, engine: Engine) -> str:
+        if self.directory is None:
+            return "there is no --offload-dir, so nothing was saved"
+        return f"the state after step {engine.progress.step} is saved in {self.directory.path}; go on with --resume"
+
     def _stop_if_asked(self, engine: Engine) -> None:
-        where = (
-            f"the state after step {engine.progress.step} is saved in {self.directory.path}; go on with --resume"
-            if self.directory
-            else "there is no --offload-dir, so nothing was saved"
-        )
-        if self.interrupted:
+        where = self._where(engine)
+        if self.stop.asked:
             self.report(engine.progress.step, {"interrupted": True})
             raise Interrupted(f"interrupted; {where}")
         if self.over.is_set():
@@ -327,10 +360,14 @@ class _Run:
             )
 
     def _export(self, engine: Engine, output: Path) -> None:
-        with replace_output(output, overwrite=self.config.overwrite) as place:
-            write_model(
-                self.prepared.model, self.layout, place, lambda name: engine.parameters([name])[name], self.progress
-            )
+        try:
+            with replace_output(output, overwrite=self.config.overwrite) as place:
+                write_model(
+                    self.prepared.model, self.layout, place, lambda name: engine.parameters([name])[name], self.progress
+                )
+        except (OSError, StoreError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(f"--output {output} could not be written ({what}); {self._where(engine)}") from error
 
 
 def training_state_bytes(layout: Layout) -> int:
@@ -346,24 +383,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """SIGINT and SIGTERM let the step finish; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, _: object) -> None:
-        if run.interrupted:
-            raise KeyboardInterrupt
-        run.interrupted = True
-        run.progress.note("stopping after this step (once more: at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,6 +11,8 @@ from memopt.budget import Budget
 from memopt.errors import BadInput
 from memopt.jobs.config import FinetuneConfig
 from memopt.machine import Machine
+from memopt.tiers import Tier
+from memopt.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Limits:
     compute: Compute
     machine: Machine
     budget: Budget
+    notes: tuple[str, ...] = ()
 
 
 def find_limits(config: FinetuneConfig, directory: Path | None) -> Limits:
@@ -46,7 +49,31 @@ def find_limits(config: FinetuneConfig, directory: Path | None) -> Limits:
         dram_bytes=asked.dram_bytes or whole.dram_bytes,
         ssd_bytes=asked.ssd_bytes,
     )
-    return Limits(compute=compute, machine=machine, budget=budget)
+    if config.dry_run:  # another machine may be planned for
+        return Limits(compute=compute, machine=machine, budget=budget)
+    budget, notes = _within(budget, Machine.capacities(directory) if config.machine else machine)
+    return Limits(compute=compute, machine=machine, budget=budget, notes=notes)
+
+
+def _within(budget: Budget, host: Machine) -> tuple[Budget, tuple[str, ...]]:
+    """No more than there is: the kernel would end the run where the budget should have."""
+    notes = []
+    if budget.dram_bytes is not None and host.dram_bytes is not None and budget.dram_bytes > host.dram_bytes:
+        all_of_it = Budget.from_machine(host).dram_bytes
+        assert all_of_it is not None
+        notes.append(_lowered(Tier.DRAM, budget.dram_bytes, host.dram_bytes, all_of_it))
+        budget = replace(budget, dram_bytes=all_of_it)
+    if budget.gpu_bytes is not None and host.gpu_bytes is not None and budget.gpu_bytes > host.gpu_bytes:
+        notes.append(_lowered(Tier.GPU, budget.gpu_bytes, host.gpu_bytes, host.gpu_bytes))
+        budget = replace(budget, gpu_bytes=host.gpu_bytes)
+    return budget, tuple(notes)
+
+
+def _lowered(tier: Tier, asked: int, there: int, left: int) -> str:
+    return (
+        f"the {tier} budget of {format_bytes(asked)} is more than the {format_bytes(there)} of this machine or "
+        f"container: {format_bytes(left)} are used"
+    )
 
 
 def choose_compute(config: FinetuneConfig) -> Compute:

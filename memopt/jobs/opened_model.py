@@ -50,6 +50,16 @@ class OpenedModel:
         )
 
     @property
+    def output_bytes(self) -> int:
+        """What the weights of the result take on disk."""
+        adapters = any(not p.requires_grad for p in self.layered.module.parameters())
+        return sum(
+            p.numel() * (4 if adapters else self.dtypes.get(name, p.dtype).itemsize)
+            for name, p in self.layered.module.named_parameters()
+            if p.requires_grad
+        )
+
+    @property
     def table_shape(self) -> tuple[int, int]:
         """(rows, width) of the larger table."""
         embed, head = self.layered.embedding.weight, self.layered.head.weight

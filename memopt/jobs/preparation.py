@@ -83,6 +83,11 @@ class Prepared:
                     raise
         raise AssertionError("unreachable")
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that are in the model at once: of the largest step, or evaluation."""
+        return max(steps.max_tokens for steps in (self.steps, self.eval_steps) if steps is not None)
+
     def micro_size(self) -> int:
         """Sequences per micro-batch."""
         return int(self.steps.largest()["input_ids"].shape[0])
@@ -102,10 +107,10 @@ class Prepared:
         trim_heap()
         memory = process_memory()
         rows, width = self.model.table_shape
-        micro_batches = max(1, self.steps.max_tokens // self.steps.largest()["input_ids"].numel())
+        micro_batches = max(1, self.max_tokens // self.steps.largest()["input_ids"].numel())
         sizes = JobSizes(
             clips=self.config.max_grad_norm > 0,
-            tokens=self.steps.max_tokens,
+            tokens=self.max_tokens,
             width=self.costs.width,
             compute_dtype=self.limits.compute.dtype,
             on_gpu=self.limits.compute.device.type == "cuda",
@@ -153,7 +158,7 @@ def prepare_job(
     load_config(source, weights=config.init == "pretrained")
     tokenizer = _tokenizer(source, required=batches is None)
     model = open_model(config, source, compute.dtype, tokenizer=tokenizer)
-    notes = [*model.notes, compute.reason]
+    notes = [*limits.notes, *model.notes, compute.reason]
     limit = getattr(model.hf_config, "max_position_embeddings", None) or config.seq_len
     seq_len = min(config.seq_len, int(limit))
     if seq_len < config.seq_len:
@@ -161,7 +166,10 @@ def prepare_job(
     takes_positions = "position_ids" in inspect.signature(model.layered.module.forward).parameters
     rows = model.layered.embedding.weight.shape[0]
     if batches is not None:
-        steps: Steps = GivenSteps(batches, config.max_steps)
+        if config.batch_size == "auto":
+            raise BadInput("batch_size = 'auto' with batches: they are used as they are; leave it out")
+        head_rows = model.layered.head.weight.shape[0]
+        steps: Steps = GivenSteps(batches, config.max_steps, tokens=rows, targets=head_rows)
     else:
         assert data is not None and tokenizer is not None
         dataset = _dataset(data, tokenizer, seq_len, rows, work / "train.tokens", progress)
@@ -178,10 +186,21 @@ def prepare_job(
     if config.eval_data is not None:
         assert tokenizer is not None
         held_out = _dataset(config.eval_data, tokenizer, seq_len, rows, work / "eval.tokens", progress)
-        size = steps.order.batch_size * steps.order.grad_accum if isinstance(steps, PackedSteps) else 1
+        size = max(1, steps.max_tokens // seq_len)  # no more tokens at once than a step has
         order = BatchOrder(n_sequences=len(held_out), batch_size=1, grad_accum=size, seed=None, epochs=1)
         eval_steps = PackedSteps(held_out, order, takes_positions)
-    costs = model_costs(model.layered, model.layout(10**9), steps.largest(), compute.dtype)
+    largest = [each.largest() for each in (steps, eval_steps) if each is not None]
+    micro = max(largest, key=lambda micro: micro["input_ids"].numel())
+    try:
+        costs = model_costs(model.layered, model.layout(10**9), micro, compute.dtype)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        if batches is None:
+            raise
+        given = ", ".join(f"{name} {tuple(value.shape)}" for name, value in micro.items())
+        raise BadInput(
+            f"batches: {type(model.layered.module).__name__} ({limit} positions) takes no micro-batch of {given} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     if batches is None:
         notes.append(
             "packed documents do not attend to each other"

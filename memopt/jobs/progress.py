@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,7 +20,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from memopt.budget import Budget
-from memopt.errors import BadInput
+from memopt.errors import BadInput, StoreError
 from memopt.tiers import Tier
 from memopt.units import format_bytes, format_per_s, format_s
 
@@ -64,6 +66,12 @@ class Work:
             self._bar.update(self._task, advance=nbytes, detail=format_bytes(self.done_bytes))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Say no more, where rich would end the program."""
+        self.quiet = True
+
+
 class Progress:
     """Shows steps, notes and other work as they happen; also the writer of `--log-file`.
 
@@ -86,7 +94,7 @@ class Progress:
         self.first_step = first_step
         self._quiet = quiet
         self._budget = budget or Budget()
-        self._console = Console(file=file or sys.stderr, force_terminal=terminal, soft_wrap=True, highlight=False)
+        self._console = _Console(file=file or sys.stderr, force_terminal=terminal, soft_wrap=True, highlight=False)
         self._bar: bars.Progress | None = None
         self._steps_task: bars.TaskID | None = None
         self._recent: deque[StepRecord] = deque(maxlen=_RATE_STEPS)
@@ -110,7 +118,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
         if self._log is not None:
             self._log.close()
@@ -137,6 +146,10 @@ class Progress:
             self._last_line_s = now
             self._print(text + self._remaining(record))
 
+    def silence(self) -> None:
+        """Show no more: there is nobody to look at it."""
+        self._quiet = True
+
     def note(self, text: str) -> None:
         """A sentence worth reading now: a choice and its reason, a warning, a saved step."""
         if not self._quiet:
@@ -145,13 +158,20 @@ class Progress:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one JSON line to the log file, if there is one; it is on its way to disk when this returns.
 
-        NaN and Inf, which JSON has no numbers for, become null.
+        NaN and Inf, which JSON has no numbers for, become null. Raises StoreError when the disk refuses.
         """
         if self._log is None:
             return
         plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self._log.write(json.dumps(plain) + "\n")
-        self._log.flush()
+        try:
+            line = (json.dumps(plain) + "\n").encode()
+            while line:
+                line = line[self._log.write(line) :]
+        except OSError as error:
+            raise StoreError(
+                f"log_file {self._log.name}: cannot be written ({error.strerror}); free some space, or name another, "
+                "and go on with --resume"
+            ) from error
 
     @contextmanager
     def work(self, description: str, total_bytes: int | None = None) -> Iterator[Work]:
@@ -170,7 +190,9 @@ class Progress:
         self.note(f"{description}: {format_s(time.monotonic() - began_s)}{done}")
 
     def _print(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
+        # a terminal that was closed, a pipe whose reader left: no reason to stop training
+        with contextlib.suppress(OSError):
+            (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
 
     def _describe(self, record: StepRecord) -> str:
         seconds = sum(each.step_s for each in self._recent)
@@ -197,14 +219,14 @@ class Progress:
         return f" · {format_s(left * sum(each.step_s for each in self._recent) / len(self._recent))} left"
 
 
-def _open_log(path: str | Path) -> TextIO:
+def _open_log(path: str | Path) -> FileIO:
     """Open for appending, on a fresh line even when a crash cut the last one short."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by the owner's __exit__
+        file = FileIO(path, "a")  # unbuffered: closed by the owner's __exit__ without anything left to write
         if file.tell() and not _ends_a_line(path):
-            file.write("\n")
+            file.write(b"\n")
     except OSError as error:
         raise BadInput(f"log_file {path}: cannot be written ({error.strerror}); name another file") from None
     return file

@@ -28,7 +28,7 @@ def claimed(directory: RunDirectory, config: FinetuneConfig) -> Iterator[None]:
     with directory.hold():
         try:
             yield
-        except MemoptError:
+        except (MemoptError, KeyboardInterrupt):
             if new and directory.saved() is None:
                 directory.discard()
             raise

@@ -52,6 +52,13 @@ class RunDirectory:
     def scratch(self) -> Path:
         return self.path / "scratch"
 
+    def refuse_own(self, path: Path, flag: str) -> None:
+        """Raises BadInput when `path` is a place that a run keeps its own files in."""
+        root, there = self.path.absolute().resolve(), path.absolute().resolve()
+        inside = there.relative_to(root).parts[:1] if there.is_relative_to(root) else ()
+        if inside and inside[0] in (MARKER, self.state.name, self.scratch.name, *_TOKENS, *_DEMO):
+            raise BadInput(f"{flag} {path} is where the run keeps its {inside[0]}; name another place")
+
     def look(self) -> list[str]:
         """What a person should know before this directory is used; nothing is written.
 

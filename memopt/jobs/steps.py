@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from memopt.errors import BadInput
 from memopt.jobs.data import BatchOrder, TokenDataset
+from memopt.offload.batches import IGNORED
 from memopt.offload.model import Batch
 
 
@@ -76,16 +77,22 @@ class PackedSteps:
 
 
 class GivenSteps:
-    """Steps a caller hands over, used as they are."""
+    """Steps a caller hands over, used as they are. Raises BadInput for what no model with these tables can take."""
 
-    def __init__(self, batches: Iterable[Sequence[Batch]], max_steps: int | None):
+    def __init__(self, batches: Iterable[Sequence[Batch]], max_steps: int | None, *, tokens: int, targets: int):
+        """`tokens` and `targets`: rows of the model's embedding and head."""
         self._batches = list(batches)
-        if not self._batches or any(not step for step in self._batches):
-            raise BadInput("batches: there is no step, or a step without micro-batches")
+        if not self._batches:
+            raise BadInput("batches: there is no step")
         for number, step in enumerate(self._batches):
+            if isinstance(step, Mapping):
+                raise BadInput(
+                    f"batches: step {number} is a micro-batch; a step is a list of them: give [[batch], ...]"
+                )
+            if not step:
+                raise BadInput(f"batches: step {number} has no micro-batches")
             for micro in step:
-                if "input_ids" not in micro or "labels" not in micro:
-                    raise BadInput(f"batches: step {number} has a micro-batch without input_ids or labels")
+                _check_micro_batch(micro, f"batches: step {number}", tokens, targets)
         self.total = min(len(self._batches), max_steps) if max_steps is not None else len(self._batches)
         self.max_tokens = max(sum(m["input_ids"].numel() for m in step) for step in self._batches)
 
@@ -103,3 +110,29 @@ class GivenSteps:
                     digest.update(f"{name} {tuple(micro[name].shape)} {micro[name].dtype} ".encode())
                     digest.update(micro[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _check_micro_batch(micro: Batch, where: str, tokens: int, targets: int) -> None:
+    """Names and shapes, and numbers that a streamed table would read past its end with."""
+    if "input_ids" not in micro or "labels" not in micro:
+        raise BadInput(f"{where} has a micro-batch without input_ids or labels")
+    for name, value in micro.items():
+        if not isinstance(value, torch.Tensor):
+            raise BadInput(f"{where}: {name} is no tensor but {type(value).__name__}; give tensors, or leave it out")
+    ids, labels = micro["input_ids"], micro["labels"]
+    if ids.dim() != 2 or not ids.numel() or ids.shape != labels.shape:
+        shapes = f"{tuple(ids.shape)} and {tuple(labels.shape)}"
+        raise BadInput(f"{where}: input_ids and labels are {shapes}; give both as (batch, sequence)")
+    mask = micro.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        raise BadInput(f"{where}: attention_mask is {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give both alike")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
+        raise BadInput(
+            f"{where}: input_ids reach from {int(ids.min())} to {int(ids.max())}, the model has {tokens} tokens"
+        )
+    wanted = labels[labels != IGNORED]
+    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < targets:
+        raise BadInput(
+            f"{where}: labels reach from {int(wanted.min())} to {int(wanted.max())}, the model has {targets} tokens; "
+            f"{IGNORED} stands for no loss"
+        )
