@@ -23,6 +23,7 @@ class Peaks:
         self._bytes: dict[Tier, int] = {}
         self._asked_at: dict[Tier, int] = {}
         self._attributed: dict[Tier, Mapping[Category, int]] = {}
+        self._attributed_at: dict[Tier, int] = {}
 
     def worth_asking(self, point: Point) -> bool:
         """Whether a tier is so far above its last attributed peak that its categories should be asked for."""
@@ -33,7 +34,8 @@ class Peaks:
         return False
 
     def see(self, point: Point, *, asked: bool) -> list[Tier]:
-        """Take one sample; the tiers it is the new peak of. `asked`: its categories were asked for, as was worth it."""
+        """Take one sample; the tiers it is the new peak of. `asked`: its categories are of this very moment, because it
+        was worth asking; else they may be a little older."""
         risen = []
         for tier in Tier:
             now = point.bytes_of(tier)
@@ -41,17 +43,16 @@ class Peaks:
                 continue
             peak = self._bytes.get(tier, -1)
             by = None if point.attributed is None else point.attributed.get(tier)
-            if by is not None and tier not in self._attributed and now > peak - _margin(peak):
-                # whoever attributes has come after the peak, and little has gone since
-                self._attributed[tier] = by
-            if now <= peak:
-                continue
-            self._bytes[tier] = now
-            risen.append(tier)
+            # Whoever attributes may not have looked at the peak: the highest moment that is known stands for it; where
+            # nobody knew any before, only when little has gone since the peak.
+            known = self._attributed_at.get(tier, peak - _margin(peak))
+            if by is not None and (asked or tier not in self._attributed) and now > known:
+                self._attributed[tier], self._attributed_at[tier] = by, now
             if asked:
-                self._asked_at[tier] = now
-            if by is not None:
-                self._attributed[tier] = by
+                self._asked_at[tier] = max(now, self._asked_at.get(tier, 0))
+            if now > peak:
+                self._bytes[tier] = now
+                risen.append(tier)
         return risen
 
     def of(self, tier: Tier) -> int | None:

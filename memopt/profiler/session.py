@@ -16,6 +16,7 @@ from typing import Protocol
 from memopt import cgroups
 from memopt.profiler.attribution import Attribution
 from memopt.profiler.measured import Attributed, AttributedBy, Measured
+from memopt.profiler.pace import Allowance
 from memopt.profiler.peaks import OpenPhase, Peaks, highest, merged
 from memopt.profiler.readers import Readers
 from memopt.profiler.samplers import process_memory
@@ -30,10 +31,12 @@ _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
 # Once memory has stopped growing, the usual interval is longer: a thread of Python that wakes up costs the program more
 # than the sample itself, because it takes the interpreter's lock away from the computing thread.
 _USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
-# Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
-_COST_SHARE = 125
-_COST_NEW = 0.1
-_EDGES_FREE_S, _EDGES_SHARE = 0.05, 200
+# Watching takes at most half of one hundredth of a core: a third of one in the thread, where the pauses grow when a
+# sample is dear (many processes), and a sixth at the ends of phases. What it may take at once is for short jobs.
+_THREAD_SHARE, _THREAD_FREE_S = 1 / 300, 0.05
+_EDGES_SHARE, _EDGES_FREE_S = 1 / 600, 0.03
+# The end of one phase is the beginning of the next: one sample serves both.
+_SAME_MOMENT_S = 1e-4
 _JOURNAL_POINTS = 6
 
 
@@ -51,13 +54,13 @@ class Session:
     """Samples between `start` and `stop`; a context manager; used once.
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
-    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where
-    sampling would take more than one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier has
-    grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed, which
-    is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and
-    category whose the bytes are now; called in the sampling thread and at the ends of phases, along the time line and
-    when a peak grows, so it must be quick and thread-safe; its error ends the session. `attributed_by` names it in the
-    report.
+    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where sampling
+    would take more than a third of one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier
+    has grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed,
+    which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and category whose
+    the bytes are now, or None when it cannot tell at this moment; called in the sampling thread and at the ends of
+    phases, along the time line and when a peak grows, so it must be quick and thread-safe; its error ends the session.
+    `attributed_by` names it in the report.
 
     `root_pid`: watch that process and its descendants instead of this process and its own. `adopted`: watch all
     descendants of this process but not itself (it is the subreaper of what it runs). `group`: the job's own memory
@@ -71,7 +74,7 @@ class Session:
         watch: Iterable[str | Path] = (),
         limit_bytes: int | None = None,
         on_over: Callable[[int, int], None] | None = None,
-        attribution: Callable[[], Attributed] | None = None,
+        attribution: Callable[[], Attributed | None] | None = None,
         attributed_by: AttributedBy = "torch",
         root_pid: int | None = None,
         adopted: bool = False,
@@ -94,7 +97,7 @@ class Session:
         self._journal = journal
         self._seen = _Seen(journaled=journal is not None)
         self._lock = threading.Lock()
-        self._thread = Ticker(self._tick, self._next_pause)
+        self._thread = Ticker(self._thread_tick, self._next_pause)
         self._begun: _Begun | None = None
         self._measured: Measured | None = None
 
@@ -168,8 +171,8 @@ class Session:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
-        part in 200 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
-        takes the latest one.
+        part in 600 of the time (ten ends a second): then at some ends only, and a phase without any sample takes the
+        latest one, and its traffic is known no better.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
@@ -201,20 +204,31 @@ class Session:
 
     def _edge(self, begun: _Begun) -> tuple[int, int]:
         """Sample at an end of a phase where that is affordable; the traffic so far."""
-        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _EDGES_SHARE:
+        now_s = begun.elapsed_s()
+        if now_s - begun.edge_s > _SAME_MOMENT_S and begun.edges.left_s(now_s) > 0:
             cpu = time.thread_time()
             self._tick()
             with self._lock:
                 begun.edge_io = begun.readers.tree.io()
-                begun.edge_cost_s += time.thread_time() - cpu
+                cost_s = time.thread_time() - cpu
+                self._seen.cost_s += max(0.0, cost_s - self._seen.tick_cost_s)  # the sample itself is counted
+                begun.edge_s = begun.elapsed_s()
+                begun.edges.spend(cost_s, begun.edge_s)
         return begun.edge_io
 
+    def _thread_tick(self) -> None:
+        begun = self._running()
+        # the end of a phase may just have been looked at
+        if begun.elapsed_s() - self._seen.last.t_s > self._pause_s / 2:
+            self._tick()
+            begun.thread.spend(self._seen.tick_cost_s, begun.elapsed_s())
+
     def _next_pause(self) -> float:
+        begun = self._running()
         calm = self._seen.last.t_s - self._seen.grew_s > _CALM_AFTER_S
         longest_s = self._interval_s * (self._calm_times if calm else 1)
-        dearest_s = self._seen.tick_cost_s * (_COST_SHARE - 1)
-        self._pause_s = max(min(longest_s, self._pause_s * _PAUSE_GROWS), dearest_s)
-        return self._pause_s
+        self._pause_s = min(longest_s, self._pause_s * _PAUSE_GROWS)
+        return max(self._pause_s, begun.thread.wait_s(begun.elapsed_s()))
 
     def _tick(self, *, fresh: bool = False) -> None:
         begun = self._running()
@@ -227,14 +241,15 @@ class Session:
             counted = [seen.peaks, *(opened.peaks for opened in seen.open)]
             rising = self._attributed_by is not None and any(peaks.worth_asking(point) for peaks in counted)
             attributed = self._attribution.latest(t_s, at_peak=rising, fresh=fresh)
-            seen.take(point if attributed is None else replace(point, attributed=attributed), rising, begun.readers)
+            if attributed is not None:
+                point = replace(point, attributed=attributed)
+            asked = rising and self._attribution.asked
+            seen.take(point, asked, begun.readers, current=self._attribution.current)
             if self._journal is not None and seen.since_journal is not None and self._journal.due(t_s):
                 self._journal.write(self._result(begun), seen.since_journal.points())
                 seen.since_journal = Thinner(_JOURNAL_POINTS)
-            seen.cost_s += time.thread_time() - cpu
-        # what watches another process does nothing else: all it costs counts, not the sampling alone
-        spent = time.process_time() if self._watching else seen.cost_s
-        seen.count_cost(spent, usual=not fresh)
+            seen.tick_cost_s = time.thread_time() - cpu
+            seen.cost_s += seen.tick_cost_s
         self._over.see(point.dram_bytes)
 
     def _result(self, begun: _Begun) -> Measured:
@@ -256,6 +271,7 @@ class Session:
             process_write_bytes=max(0, write_bytes - begun.io_bytes[1]),
             oom_kills=container.oom_kills or 0,
             samples=seen.samples,
+            # what watches another process does nothing else: all it costs counts, not the sampling alone
             cost_s=time.process_time() - begun.cpu_s if self._watching else seen.cost_s,
             phases=list(seen.phases),
             timeline=Timeline(),
@@ -288,7 +304,9 @@ class _Begun:
         self.io_bytes = readers.tree.io()
         self.dram_bytes = 0
         self.edge_io = self.io_bytes
-        self.edge_cost_s = 0.0
+        self.edge_s = float("-inf")
+        self.edges = Allowance(_EDGES_SHARE, _EDGES_FREE_S)
+        self.thread = Allowance(_THREAD_SHARE, _THREAD_FREE_S)
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.at_s
@@ -309,12 +327,14 @@ class _Seen:
         self._grown: dict[Tier, float] = {}
         self.samples = 0
         self.cost_s = 0.0
-        self.tick_cost_s = self._spent_s = 0.0
+        self.tick_cost_s = 0.0
 
-    def take(self, point: Point, asked: bool, readers: Readers) -> None:
-        """One sample."""
+    def take(self, point: Point, asked: bool, readers: Readers, *, current: bool) -> None:
+        """One sample. `current`: what is attributed belongs to this moment, and may stand at a peak."""
         self.last = point
-        risen = self.peaks.see(point, asked=asked)
+        asked = asked and current
+        seen = point if current else replace(point, attributed=None)
+        risen = self.peaks.see(seen, asked=asked)
         if risen:
             kinds = readers.kinds()
             self.kinds.update({tier: kinds[tier] for tier in risen if tier in kinds})
@@ -323,17 +343,11 @@ class _Seen:
             if now > _GROWTH * self._grown.get(tier, 0.0):
                 self._grown[tier], self.grew_s = now, point.t_s
         for opened in self.open:
-            opened.peaks.see(point, asked=asked)
+            opened.peaks.see(seen, asked=asked)
         self.thinner.add(point)
         if self.since_journal is not None:
             self.since_journal.add(point)
         self.samples += 1
-
-    def count_cost(self, spent_s: float, *, usual: bool) -> None:
-        """CPU seconds spent so far; `usual`: the next sample will cost about what this one did."""
-        if usual:
-            self.tick_cost_s += (spent_s - self._spent_s - self.tick_cost_s) * _COST_NEW
-        self._spent_s = spent_s
 
 
 def _keep(phases: list[Phase], phase: Phase) -> None:
