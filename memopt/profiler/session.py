@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,10 +31,10 @@ _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
 # Once memory has stopped growing, the usual interval is longer: a thread of Python that wakes up costs the program more
 # than the sample itself, because it takes the interpreter's lock away from the computing thread.
 _USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
-# Watching takes at most half of one hundredth of a core: a third of one in the thread, where the pauses grow when a
-# sample is dear (many processes), and a sixth at the ends of phases. What it may take at once is for short jobs.
-_THREAD_SHARE, _THREAD_FREE_S = 1 / 300, 0.05
-_EDGES_SHARE, _EDGES_FREE_S = 1 / 600, 0.03
+# Watching takes less than half of one hundredth of a core: a quarter of one in the thread, where the pauses grow when a
+# sample is dear (many processes), and an eighth at the ends of phases. What it may take at once is for short jobs.
+_THREAD_SHARE, _THREAD_FREE_S = 1 / 400, 0.015
+_EDGES_SHARE, _EDGES_FREE_S = 1 / 800, 0.015
 # The end of one phase is the beginning of the next: one sample serves both.
 _SAME_MOMENT_S = 1e-4
 _JOURNAL_POINTS = 6
@@ -55,7 +55,7 @@ class Session:
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
     once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where sampling
-    would take more than a third of one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier
+    would take more than a quarter of one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier
     has grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed,
     which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and category whose
     the bytes are now, or None when it cannot tell at this moment; called in the sampling thread and at the ends of
@@ -168,28 +168,14 @@ class Session:
         with self._lock:
             self._running().readers.tree.retire(pid)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
-        part in 600 of the time (ten ends a second): then at some ends only, and a phase without any sample takes the
-        latest one, and its traffic is known no better.
+        part in 800 of the time (some ten ends a second): then at some ends only, and a phase without any sample takes
+        the latest one, and its traffic is known no better.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
-        begun = self._running()
-        opened = OpenPhase(name, begun.elapsed_s(), *begun.edge_io)
-        with self._lock:
-            self._seen.open.append(opened)
-        opened.read_bytes, opened.write_bytes = self._edge(begun)
-        try:
-            yield
-        finally:
-            io = self._edge(begun)
-            with self._lock:
-                self._seen.open.remove(opened)
-                if opened.peaks.of(Tier.DRAM) is None:
-                    opened.peaks.see(self._seen.last, asked=False)
-                _keep(self._seen.phases, opened.closed(begun.elapsed_s(), *io))
+        return _InPhase(self, name)
 
     def __enter__(self) -> Session:
         return self.start()
@@ -211,7 +197,7 @@ class Session:
             with self._lock:
                 begun.edge_io = begun.readers.tree.io()
                 cost_s = time.thread_time() - cpu
-                self._seen.cost_s += max(0.0, cost_s - self._seen.tick_cost_s)  # the sample itself is counted
+                self._seen.cost_s += max(0.0, cost_s - self._seen.tick_cost_s)  # the sample itself is in it
                 begun.edge_s = begun.elapsed_s()
                 begun.edges.spend(cost_s, begun.edge_s)
         return begun.edge_io
@@ -238,18 +224,18 @@ class Session:
                 return
             seen, t_s = self._seen, begun.elapsed_s()
             point = begun.readers.read(t_s, fresh=fresh)
-            counted = [seen.peaks, *(opened.peaks for opened in seen.open)]
-            rising = self._attributed_by is not None and any(peaks.worth_asking(point) for peaks in counted)
+            counted: list[Peaks | OpenPhase] = [seen.peaks, *seen.open]
+            rising = self._attributed_by is not None and any(each.worth_asking(point) for each in counted)
             attributed = self._attribution.latest(t_s, at_peak=rising, fresh=fresh)
             if attributed is not None:
                 point = replace(point, attributed=attributed)
             asked = rising and self._attribution.asked
             seen.take(point, asked, begun.readers, current=self._attribution.current)
+            seen.tick_cost_s = time.thread_time() - cpu
             if self._journal is not None and seen.since_journal is not None and self._journal.due(t_s):
                 self._journal.write(self._result(begun), seen.since_journal.points())
                 seen.since_journal = Thinner(_JOURNAL_POINTS)
-            seen.tick_cost_s = time.thread_time() - cpu
-            seen.cost_s += seen.tick_cost_s
+            seen.cost_s += time.thread_time() - cpu
         self._over.see(point.dram_bytes)
 
     def _result(self, begun: _Begun) -> Measured:
@@ -290,6 +276,31 @@ class Session:
             watching=self._watching,
             own_dram_bytes=None if own is None else own.charged_bytes,
         )
+
+
+class _InPhase:
+    """Inside of a phase; a class of its own because a loop may pass here a thousand times a second."""
+
+    __slots__ = ("_name", "_opened", "_session")
+
+    def __init__(self, session: Session, name: str) -> None:
+        self._session, self._name = session, name
+        self._opened: OpenPhase | None = None
+
+    def __enter__(self) -> None:
+        begun = self._session._running()
+        self._opened = opened = OpenPhase(self._name, begun.elapsed_s())
+        self._session._seen.open.append(opened)  # in one step, which needs no lock
+        opened.read_bytes, opened.write_bytes = self._session._edge(begun)
+
+    def __exit__(self, *_: object) -> None:
+        session, opened = self._session, self._opened
+        assert opened is not None
+        begun, seen = session._running(), session._seen
+        io = session._edge(begun)
+        with session._lock:
+            seen.open.remove(opened)
+            _keep(seen.phases, opened.closed(begun.elapsed_s(), *io, latest=seen.last))
 
 
 class _Begun:
@@ -342,8 +353,8 @@ class _Seen:
             now = point.bytes_of(tier) or 0
             if now > _GROWTH * self._grown.get(tier, 0.0):
                 self._grown[tier], self.grew_s = now, point.t_s
-        for opened in self.open:
-            opened.peaks.see(seen, asked=asked)
+        for opened in self.open.copy():
+            opened.see(seen, asked=asked)
         self.thinner.add(point)
         if self.since_journal is not None:
             self.since_journal.add(point)
