@@ -93,7 +93,6 @@ class Profiler:
         self._phases = OpenPhases(lambda name: self._session.phase(name))
         self._thread: int | None = None
         self._steps = 0
-        self._optimizer_seen = False
         self._peaks: dict[Tier, int] = {}
         self._notes: list[str] = []
         self._files: list[FileWriter] = []
@@ -344,10 +343,9 @@ class Profiler:
     def _auto_end(self, name: str) -> None:
         self._end(name)
         if self._steps == 0 and name == "optimizer":
-            self._optimizer_seen = True
             self._step_ended()
-        elif self._steps == 0 and name == "backward" and not self._optimizer_seen and self._torch is not None:
-            self._torch.end_later()
+        elif self._steps == 0 and name == "backward" and self._torch is not None:
+            self._torch.backward_ended()
 
     def _step_ended(self) -> None:
         if self._torch is not None and self._own_thread():

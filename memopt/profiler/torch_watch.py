@@ -29,7 +29,8 @@ class TorchWatch:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._observed = Observed()
         self._ending = False
-        self._fresh = begin is None
+        self._passes = 0
+        self._optimizers = False
 
     def watch(self, watched: Any) -> None:
         """A module, an optimizer (also inside a wrapper such as accelerate's), or a key-value cache."""
@@ -41,6 +42,7 @@ class TorchWatch:
             and watched not in self._known
         ):
             self._known.add(watched)
+            self._optimizers |= isinstance(watched, torch.optim.Optimizer)
             self._phases.watch(watched)
 
     def attributed(self) -> Attributed | None:
@@ -50,38 +52,49 @@ class TorchWatch:
     def forward_begins(self, grown: Callable[[], bool]) -> None:
         """A pass forward begins: a step that could not be ended where it ended is ended now."""
         if self._ending:
-            self.step_ended(grown)
-        self._fresh = True
+            self._end_step(grown, skip_phases=False)
 
     def step_ended(self, grown: Callable[[], bool]) -> None:
-        """A step is over; decides whether the next is observed. In the program's own thread.
+        """A step is over; decides what is looked at in the next. In the program's own thread.
 
         `grown()`: whether memory is higher than at any end of a step before. Does nothing when no pass forward has
         begun since the last time. In the middle of a backward pass (some optimizers step there) it waits for the next
         pass forward.
         """
-        if not self._fresh and not self._ending:
+        if self._phases is not None and self._phases.passes == self._passes:
             return
         self._ending = bool(torch._C._current_graph_task_id() != -1)
-        if self._ending:
-            return
-        self._fresh = self._phases is None
-        attribution = self.attribution
-        observing = attribution.observing
-        if observing:
-            attribution.look()
-        spent_s = attribution.spent_s()
-        attribution.observe(self._observed.ended(time.monotonic(), observing=observing, spent_s=spent_s, grown=grown()))
+        if not self._ending:
+            self._end_step(grown, skip_phases=True)
 
-    def end_later(self) -> None:
-        """The step ends where the next pass forward begins."""
-        self._ending = True
+    def backward_ended(self) -> None:
+        """Where no optimizer is watched, the step ends with the next pass forward."""
+        self._ending |= not self._optimizers
+
+    def _end_step(self, grown: Callable[[], bool], *, skip_phases: bool) -> None:
+        self._ending = False
+        phases, attribution = self._phases, self.attribution
+        if phases is not None:
+            self._passes = phases.passes
+        if attribution.observing:
+            attribution.look()
+        wanted = self._observed.ended(
+            time.monotonic(),
+            spent_s=attribution.spent_s(),
+            phases_spent_s=0.0 if phases is None else phases.spent_s,
+            grown=grown,
+        )
+        if wanted.observe != attribution.observing:
+            attribution.observe(wanted.observe)
+            self._observed.kept(observe=attribution.observing)
+        if phases is not None:
+            # found phases are what tells the end of such steps
+            phases.enabled = wanted.phases or not skip_phases
 
     def notes(self) -> list[str]:
         """What a report should say."""
-        mapped, unobserved = self.attribution.mapped_bytes(), self._observed.note()
-        told = [mapped_note(mapped)] if mapped else []
-        return [*self.attribution.notes, *told, *([unobserved] if unobserved else [])]
+        mapped = self.attribution.mapped_bytes()
+        return [*self.attribution.notes, *([mapped_note(mapped)] if mapped else []), *self._observed.notes()]
 
     def close(self) -> None:
         """Take all hooks away."""
