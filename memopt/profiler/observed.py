@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _FIRST = 3
 # Looking may take one part in 300 of the time; one in 50 after a step whose peak nobody was there to explain.
 _SHARE, _PEAK_SHARE = 1 / 300, 1 / 50
+_PHASES_FREE_S = 0.02  # some hundred steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class Next:
 class Observed:
     """Decides at the end of each step: the first three are observed, then as often as is cheap.
 
-    Phases are found in each step where that alone is cheap (steps of 0.1 s and more), else in those observed.
+    Phases are found in each step where that alone is cheap (steps of 0.1 s and more), else in the first
+    hundred or so and in those observed.
     Seconds are of a monotonic clock.
     """
 
@@ -40,14 +42,15 @@ class Observed:
         is higher than it ever was at the end of a step before.
         """
         self.steps += 1
+        began_s = now_s if self._ended_s is None else self._ended_s
         phases_cost_s, self._phases_spent_s = phases_spent_s - self._phases_spent_s, phases_spent_s
         if self._now.phases:
             self.with_phases += 1
-            self._cheap = self._ended_s is None or phases_cost_s <= _SHARE * (now_s - self._ended_s)
+            self._cheap = phases_spent_s <= _PHASES_FREE_S or phases_cost_s <= _SHARE * (now_s - began_s)
         if self._now.observe:
             self.observed += 1
             cost_s, self._spent_s = spent_s - self._spent_s + phases_cost_s, spent_s
-            self._due_s, self._soon_s = now_s + cost_s / _SHARE, now_s + cost_s / _PEAK_SHARE
+            self._due_s, self._soon_s = began_s + cost_s / _SHARE, began_s + cost_s / _PEAK_SHARE
         self._ended_s = now_s
         observe = self.steps < _FIRST or now_s >= self._due_s or (now_s >= self._soon_s and grown())
         self._now = Next(observe=observe, phases=observe or self._cheap)
