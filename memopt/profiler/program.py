@@ -290,19 +290,21 @@ class Profiler:
         return Story(command=sys.argv, results={"steps": self._steps} if self._steps else {}, notes=notes)
 
     def _watch(self, watched: Iterable[Any]) -> None:
-        if watched and self._torch is None:
+        watch = self._torch
+        if watched and watch is None:
             from memopt.profiler.torch_watch import TorchWatch  # here: not every program has torch
 
             memory = process_memory()
-            self._torch = TorchWatch(
+            watch = TorchWatch(
                 charged_bytes=0 if memory is None else memory.charged_bytes,
                 activations=self._activations,
                 begin=self._auto_begin if self._auto else None,
                 end=self._auto_end,
             )
-        if self._torch is not None:
+        if watch is not None:
             for thing in watched:
-                self._torch.watch(thing)
+                watch.watch(thing)
+        self._torch = watch  # only now: a sample before would find nothing to attribute
 
     def _state(self) -> State:
         return State(
