@@ -93,8 +93,9 @@ class Loop:
 
 def test_a_loop_of_short_steps_runs_free_of_hooks_most_of_the_time() -> None:
     plain, watched = Loop(), Loop()
-    with memopt.Profiler() as prof:
-        prof.watch(watched.model, watched.optimizer)
+    prof = memopt.Profiler()
+    prof.watch(watched.model, watched.optimizer)
+    with prof:
         counted, losses = [], []
         for _ in range(300):
             counted.append(watched.is_counted())
