@@ -45,6 +45,7 @@ class Profiler:
     the end of the block; `"stop"` leaves the block there without an error (`stopped` says so); a function is called
     there with the OverBudget. `enforce=True` besides makes torch refuse to allocate more than the gpu budget on the
     current CUDA device (BadInput where there is none).
+    Gradients and activations are counted in the first steps and then as often as that is cheap; the report says so.
     `watch_dirs`: directories whose size is the SSD tier. `report`: where the report is written, also after an error.
     `interval_s`: between samples; None: 0.02 s while memory grows, up to 0.1 s. `activations=False` sets no
     saved-tensor hooks (needed for `torch.func.grad`).
