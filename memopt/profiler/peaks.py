@@ -45,7 +45,7 @@ class Peaks:
             # Whoever attributes may not have looked at the peak: the highest moment that is known stands for it; where
             # nobody knew any before, only when little has gone since the peak.
             known = self._attributed_at.get(tier, peak - _margin(peak))
-            if by is not None and (asked or now > peak or tier not in self._attributed) and now > known:
+            if by is not None and (asked or tier not in self._attributed) and now > known:
                 self._attributed[tier], self._attributed_at[tier] = by, now
             if asked:
                 self._asked_at[tier] = max(now, self._asked_at.get(tier, 0))
