@@ -24,12 +24,12 @@ def test_peaks_of_phases_and_of_the_run_know_whose_bytes_they_were() -> None:
     held: dict[Category, int] = {}
     with Session(interval_s=0.01, attribution=lambda: {Tier.DRAM: held}) as session:
         with session.phase("load"):
+            held[Category.WEIGHTS] = SIZE  # first: the thread may sample at any moment
             weights = touched(SIZE)
-            held[Category.WEIGHTS] = SIZE
             session.sample()
         with session.phase("step"):
-            more = touched(SIZE)
             held[Category.ACTIVATIONS] = SIZE
+            more = touched(SIZE)
             session.sample()
             more.close()
             del held[Category.ACTIVATIONS]

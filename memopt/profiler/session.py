@@ -33,8 +33,8 @@ _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
 _USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
 # Watching takes less than half of one hundredth of a core: a quarter of one in the thread, where the pauses grow when a
 # sample is dear (many processes), and an eighth at the ends of phases. What it may take at once is for short jobs.
-_THREAD_SHARE, _THREAD_FREE_S = 1 / 400, 0.015
-_EDGES_SHARE, _EDGES_FREE_S = 1 / 800, 0.015
+_THREAD_SHARE, _THREAD_FREE_S = 1 / 400, 0.01
+_EDGES_SHARE, _EDGES_FREE_S = 1 / 800, 0.01
 # The end of one phase is the beginning of the next: one sample serves both.
 _SAME_MOMENT_S = 1e-4
 _JOURNAL_POINTS = 6
