@@ -1,7 +1,8 @@
 """What watching costs: a PyTorch training loop with and without the profiler, and the profiler's own CPU time.
 
 Inside one process the sides take turns on the same model: nothing; a session; a session with four phases named in every
-step. A round is one turn of each, in an order that reverses every round; ratios are made within a round, then
+step; `memopt.Profiler`, which finds the phases itself and counts weights, gradients, optimizer state and activations. A
+round is one turn of each, in an order that reverses every round; ratios are made within a round, then
 their median is taken. From outside: the same loop as a command of its own, alone and under `memopt profile`, in turn;
 its seconds are those it measures itself, so that starting Python is in neither.
 
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import ROOT, Table, machine_facts, median, number, say
+from memopt.profiler.program import Profiler
 from memopt.profiler.session import Session
 from memopt.report_types import Report
 
@@ -46,10 +48,11 @@ LIMIT_WALL, LIMIT_CORE = 1.01, 0.01
 # width, layers, tokens of a step
 LOOPS = {"small steps": (128, 2, 128), "large steps": (512, 4, 512)}
 Step = Callable[[Callable[[str], contextlib.AbstractContextManager[None]]], None]
+INSIDE = ("nobody", "session", "session and phases", "memopt.Profiler")
 
 
-def training(width: int, layers: int, tokens: int, seed: int) -> Step:
-    """One step of training a transformer on noise; given what names a phase."""
+def training(width: int, layers: int, tokens: int, seed: int) -> tuple[Step, torch.nn.Module, torch.optim.Optimizer]:
+    """One step of training a transformer on noise, given what names a phase; its model and its optimizer."""
     torch.manual_seed(seed)
     layer = torch.nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -66,7 +69,7 @@ def training(width: int, layers: int, tokens: int, seed: int) -> Step:
         with phase("clear"):
             optimizer.zero_grad()
 
-    return step
+    return step, model, optimizer
 
 
 def no_phase(name: str) -> contextlib.AbstractContextManager[None]:
@@ -89,16 +92,22 @@ def timed(step: Step, seconds: float, phase: Callable[[str], contextlib.Abstract
 
 def inside(loop: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The sides that share a process."""
-    step = training(*LOOPS[loop], args.seed)
+    step, *watched = training(*LOOPS[loop], args.seed)
     for _ in range(3):
         step(no_phase)
-    rounds: dict[str, list[Turn]] = {"nobody": [], "session": [], "session and phases": []}
+    rounds: dict[str, list[Turn]] = {name: [] for name in INSIDE}
     cost: dict[str, list[tuple[float, float]]] = {name: [] for name in rounds}
     order = list(rounds)
     for number_ in range(args.rounds):
         for name in order:
             if name == "nobody":
                 rounds[name].append(timed(step, args.seconds, no_phase))
+                continue
+            if name == "memopt.Profiler":  # finds phases, counts gradients and activations
+                with Profiler() as profiler:
+                    profiler.watch(*watched)
+                    rounds[name].append(timed(step, args.seconds, no_phase))
+                cost[name].append(spent(profiler.report))
                 continue
             session = Session().start()
             rounds[name].append(timed(step, args.seconds, session.phase if "phases" in name else no_phase))
@@ -125,11 +134,15 @@ def outside(loop: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             for seconds, run in turns if number_ % 2 == 0 else reversed(turns):
                 done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
                 seconds.append(tuple(json.loads(done.stdout)))
-            seen = Report.load(report)
-            assert seen.overhead is not None
-            cost.append((seen.overhead.cpu_s / seen.wall_s, seen.overhead.samples / seen.wall_s))
+            cost.append(spent(Report.load(report)))
             say(f"{loop}, outside: round {number_ + 1} of {args.rounds}")
     return [row(loop, "memopt profile", watched, alone, cost)]
+
+
+def spent(report: Report) -> tuple[float, float]:
+    """The share of a core that the report's own sampling took, and samples per second."""
+    assert report.overhead is not None
+    return report.overhead.cpu_s / report.wall_s, report.overhead.samples / report.wall_s
 
 
 def row(
@@ -175,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
-        step = training(*LOOPS[args.child], args.seed)
+        step, *_ = training(*LOOPS[args.child], args.seed)
         for _ in range(3):
             step(no_phase)
         print(json.dumps(timed(step, args.seconds, no_phase)))

@@ -53,15 +53,18 @@ class JournalFile:
         self._report: dict[str, Any] = {}
         self._phases = 0
 
-    def write(self, report: dict[str, Any], samples: dict[str, list[Any]]) -> None:
-        """Take the report so far, as JSON data, and the new samples. Raises OSError (a full disk)."""
+    def write(self, report: dict[str, Any], samples: dict[str, list[Any]], *, first_phase: int = 0) -> None:
+        """Take the report so far, as JSON data, and the new samples. Raises OSError (a full disk).
+
+        `first_phase`: how many of its phases the report leaves out, because they were written before.
+        """
         phases = report["phases"]
         parts = {key: value for key, value in report.items() if key not in ("timeline", "phases")}
         changed = {key: value for key, value in parts.items() if self._report.get(key) != value}
         head = {} if self._report else {"schema": SCHEMA}
-        line = {**head, "report": changed, "phases": phases[self._phases :], **samples}
+        line = {**head, "report": changed, "phases": phases[self._phases - first_phase :], **samples}
         self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
-        self._report, self._phases = parts, len(phases)
+        self._report, self._phases = parts, first_phase + len(phases)
 
     def close(self, *, remove: bool) -> None:
         """Close it; `remove` when the report it is for is safe."""

@@ -45,7 +45,7 @@ class ProfilerCallback(TrainerCallback):
         report: str | Path | None = None,
         on_over: OnOver = "warn",
         watch_dirs: Iterable[str | Path] = (),
-        interval_s: float = 0.02,
+        interval_s: float | None = None,
         activations: bool = True,
     ) -> None:
         if on_over not in ("warn", "raise", "stop"):

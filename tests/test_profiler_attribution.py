@@ -24,12 +24,12 @@ def test_peaks_of_phases_and_of_the_run_know_whose_bytes_they_were() -> None:
     held: dict[Category, int] = {}
     with Session(interval_s=0.01, attribution=lambda: {Tier.DRAM: held}) as session:
         with session.phase("load"):
+            held[Category.WEIGHTS] = SIZE  # first: the thread may sample at any moment
             weights = touched(SIZE)
-            held[Category.WEIGHTS] = SIZE
             session.sample()
         with session.phase("step"):
-            more = touched(SIZE)
             held[Category.ACTIVATIONS] = SIZE
+            more = touched(SIZE)
             session.sample()
             more.close()
             del held[Category.ACTIVATIONS]
@@ -133,3 +133,27 @@ def test_attribution_that_begins_after_the_peak_is_its_own_when_little_has_gone(
     peaks.see(Point(2.0, later_bytes, attributed={Tier.DRAM: {Category.WEIGHTS: 1}}), asked=False)
     assert peaks.of(Tier.DRAM) == 600 * MiB + MiB // 2
     assert peaks.attributed() == (weights if known else {})
+
+
+def test_a_moment_that_nobody_could_tell_of_is_other_and_the_highest_known_one_stands_for_the_peak() -> None:
+    answers: list[Attributed | None] = [
+        {Tier.DRAM: {Category.WEIGHTS: 4, Category.ACTIVATIONS: 3}},
+        None,
+        {Tier.DRAM: {Category.WEIGHTS: 4, Category.ACTIVATIONS: 5}},
+    ]
+    attribution = Attribution(lambda: answers.pop(0))
+    peaks = Peaks()
+    told = []
+    for t_s, nbytes in ((0.0, 100 * MiB), (10.0, 300 * MiB), (20.0, 200 * MiB)):
+        rising = peaks.worth_asking(Point(t_s, nbytes))
+        assert rising
+        now = attribution.latest(t_s, at_peak=rising)
+        told.append((now or {}).get(Tier.DRAM))
+        asked = attribution.asked and attribution.current
+        peaks.see(Point(t_s, nbytes, attributed=now if attribution.current else None), asked=asked)
+    assert told[1] == {Category.WEIGHTS: 4}, "of the answer before, what stays from step to step"
+    assert peaks.of(Tier.DRAM) == 300 * MiB
+    assert peaks.attributed() == {Tier.DRAM: {Category.WEIGHTS: 4, Category.ACTIVATIONS: 5}}
+    creeping = {Tier.DRAM: {Category.WEIGHTS: 4}}
+    peaks.see(Point(30.0, 300 * MiB + 4096, attributed=creeping), asked=False)
+    assert peaks.attributed()[Tier.DRAM][Category.ACTIVATIONS] == 5, "a peak that creeps keeps what was known of it"

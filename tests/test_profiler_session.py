@@ -231,7 +231,7 @@ def test_a_step_of_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatc
 def test_many_short_phases_cost_little_and_still_have_peaks() -> None:
     with Session(interval_s=1.0) as session:
         begun = session._running()
-        begun.edge_cost_s = 1e9  # all that the ends of phases may cost is spent
+        begun.edges.spend(1e9, begun.elapsed_s())  # all that the ends of phases may cost is spent
         before = session._seen.samples
         for _ in range(100):
             with session.phase("step"):

@@ -30,3 +30,30 @@ class Pace:
             yield
         finally:
             self._due_s = now_s + max(self._every_s, self._share * (time.thread_time() - began))
+
+
+class Allowance:
+    """CPU seconds that may be spent on looking: `free_s` at once, then `share` of the time that passes.
+
+    What is not spent is saved up to `free_s`. Seconds are any monotonic clock's.
+    """
+
+    def __init__(self, share: float, free_s: float) -> None:
+        self._share, self._free_s = share, free_s
+        self._left_s = free_s
+        self._at_s: float | None = None
+
+    def left_s(self, now_s: float) -> float:
+        """What may be spent now; below zero after too much was."""
+        if self._at_s is not None and now_s > self._at_s:
+            self._left_s = min(self._free_s, self._left_s + (now_s - self._at_s) * self._share)
+        self._at_s = now_s
+        return self._left_s
+
+    def spend(self, cost_s: float, now_s: float) -> None:
+        """Take what was spent."""
+        self._left_s = self.left_s(now_s) - cost_s
+
+    def wait_s(self, now_s: float) -> float:
+        """How long until there is something to spend."""
+        return max(0.0, -self.left_s(now_s) / self._share)

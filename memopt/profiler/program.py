@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _PASSES = {"forward", "backward", "prefill", "decode"}
 # Tiers that are looked at when a phase begins or ends; DRAM is looked at with every sample.
 _AT_BOUNDARIES = (Tier.GPU, Tier.SSD)
+_GROWTH = 1.01
 _NOT_RUNNING = "the profiler is not running; use it inside `with memopt.Profiler(...) as prof:`"
 
 
@@ -44,8 +45,10 @@ class Profiler:
     the end of the block; `"stop"` leaves the block there without an error (`stopped` says so); a function is called
     there with the OverBudget. `enforce=True` besides makes torch refuse to allocate more than the gpu budget on the
     current CUDA device (BadInput where there is none).
+    Gradients and activations are counted in the first steps and then as often as that is cheap; the report says so.
     `watch_dirs`: directories whose size is the SSD tier. `report`: where the report is written, also after an error.
-    `interval_s`: between samples. `activations=False` sets no saved-tensor hooks (needed for `torch.func.grad`).
+    `interval_s`: between samples; None: 0.02 s while memory grows, up to 0.1 s. `activations=False` sets no
+    saved-tensor hooks (needed for `torch.func.grad`).
     `auto_phases=False` leaves phases to `phase()`.
     """
 
@@ -56,7 +59,7 @@ class Profiler:
         watch_dirs: Iterable[str | Path] = (),
         on_over: OnOver | Callable[[OverBudget], None] = "warn",
         report: str | Path | None = None,
-        interval_s: float = 0.02,
+        interval_s: float | None = None,
         enforce: bool = False,
         activations: bool = True,
         auto_phases: bool = True,
@@ -81,7 +84,7 @@ class Profiler:
             watch=watch_dirs,
             limit_bytes=self.budget.dram_bytes,
             on_over=lambda now, _: self._see(Tier.DRAM, now),
-            attribution=self._attributed,
+            attribution=lambda: {} if self._torch is None else self._torch.attributed(),
         )
         self._started: Session | None = None
         self._journal: Journal | None = None
@@ -91,6 +94,7 @@ class Profiler:
         self._phases = OpenPhases(lambda name: self._session.phase(name))
         self._thread: int | None = None
         self._steps = 0
+        self._peaks: dict[Tier, int] = {}
         self._notes: list[str] = []
         self._files: list[FileWriter] = []
         self._report: Report | None = None
@@ -128,8 +132,7 @@ class Profiler:
         self._running()
         self._steps += 1
         self._close_phases(found_only=True)
-        if self._torch is not None:
-            self._torch.attribution.look()
+        self._step_ended()
         self._boundary()
         return self._steps
 
@@ -288,19 +291,21 @@ class Profiler:
         return Story(command=sys.argv, results={"steps": self._steps} if self._steps else {}, notes=notes)
 
     def _watch(self, watched: Iterable[Any]) -> None:
-        if watched and self._torch is None:
+        watch = self._torch
+        if watched and watch is None:
             from memopt.profiler.torch_watch import TorchWatch  # here: not every program has torch
 
             memory = process_memory()
-            self._torch = TorchWatch(
+            watch = TorchWatch(
                 charged_bytes=0 if memory is None else memory.charged_bytes,
                 activations=self._activations,
                 begin=self._auto_begin if self._auto else None,
                 end=self._auto_end,
             )
-        if self._torch is not None:
+        if watch is not None:
             for thing in watched:
-                self._torch.watch(thing)
+                watch.watch(thing)
+        self._torch = watch  # only now: a sample before would find nothing to attribute
 
     def _state(self) -> State:
         return State(
@@ -334,12 +339,27 @@ class Profiler:
     def _auto_begin(self, name: str) -> None:
         if name != "backward":  # not in the middle of one
             self._boundary()
+        if name == "forward" and self._torch is not None and self._own_thread():
+            self._torch.forward_begins(self._grown)
         self._begin(name)
 
     def _auto_end(self, name: str) -> None:
         self._end(name)
-        if name == "optimizer" and self._torch is not None:
-            self._torch.attribution.look()
+        if self._steps == 0 and name == "optimizer":
+            self._step_ended()
+        elif self._steps == 0 and name == "backward" and self._torch is not None:
+            self._torch.backward_ended()
+
+    def _step_ended(self) -> None:
+        if self._torch is not None and self._own_thread():
+            self._torch.step_ended(self._grown)
+
+    def _grown(self) -> bool:
+        """Whether a tier is higher than it was at the end of any step so far."""
+        now = {tier: self._session.peak_bytes(tier) or 0 for tier in (Tier.GPU, Tier.DRAM)}
+        grown = any(nbytes > _GROWTH * self._peaks.get(tier, 0) for tier, nbytes in now.items())
+        self._peaks = now
+        return grown
 
     def _begin(self, name: str, *, by_hand: bool = False) -> None:
         if self._phases.begin(name, by_hand=by_hand) and self._torch is not None and name in _PASSES:

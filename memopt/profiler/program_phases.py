@@ -36,9 +36,10 @@ class OpenPhases:
 
     def begin(self, name: str, *, by_hand: bool) -> bool:
         """Whether a phase began."""
-        with self._lock:
-            if not by_hand and any(name == open_name for open_name, _, _ in self._open):
-                return False
+        if not by_hand and self._open:
+            with self._lock:
+                if any(name == open_name for open_name, _, _ in self._open):
+                    return False
         phase = self._phase(name)
         phase.__enter__()
         with self._lock:

@@ -73,6 +73,7 @@ _FIELDS = {
 }
 
 
+_IO = re.compile(rb"^read_bytes: (\d+)\nwrite_bytes: (\d+)$", re.MULTILINE)
 _PARENT = re.compile(rb"^PPid:\s+(\d+)$", re.MULTILINE)
 # syscall numbers of kcmp(2): the tables of the kernel for x86, and asm-generic
 _KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}
@@ -109,11 +110,15 @@ def process_memory(pid: int | str = "self", root: Path = _ROOT) -> ProcessMemory
 
 def process_io(pid: int | str = "self", root: Path = _ROOT) -> ProcessIo | None:
     """Device traffic of one process; None when it is gone or not ours to ask."""
-    with contextlib.suppress(OSError):
-        text = (root / "proc" / str(pid) / "io").read_text(encoding="ascii")
-        values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-        return ProcessIo(int(values["read_bytes"]), int(values["write_bytes"]))
+    with contextlib.suppress(OSError), open(root / "proc" / str(pid) / "io", "rb", buffering=0) as file:
+        return parse_io(file.read())
     return None
+
+
+def parse_io(text: bytes) -> ProcessIo | None:
+    """The device bytes of /proc/PID/io; None when it does not hold them."""
+    found = _IO.search(text)
+    return None if found is None else ProcessIo(int(found[1]), int(found[2]))
 
 
 def proportional_memory(pid: int | str = "self", root: Path = _ROOT) -> ProportionalMemory | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Protocol
 from memopt import cgroups
 from memopt.profiler.attribution import Attribution
 from memopt.profiler.measured import Attributed, AttributedBy, Measured
+from memopt.profiler.pace import Allowance
 from memopt.profiler.peaks import OpenPhase, Peaks, highest, merged
 from memopt.profiler.readers import Readers
 from memopt.profiler.samplers import process_memory
@@ -30,10 +31,12 @@ _FIRST_PAUSE_S, _PAUSE_GROWS = 0.002, 1.1
 # Once memory has stopped growing, the usual interval is longer: a thread of Python that wakes up costs the program more
 # than the sample itself, because it takes the interpreter's lock away from the computing thread.
 _USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
-# Watching may cost one part in 100 of one core: where a sample is dear (many processes), the pauses grow.
-_COST_SHARE = 125
-_COST_NEW = 0.1
-_EDGES_FREE_S, _EDGES_SHARE = 0.05, 200
+# Watching takes less than half of one hundredth of a core: a quarter of one in the thread, where the pauses grow when a
+# sample is dear (many processes), and an eighth at the ends of phases. What it may take at once is for short jobs.
+_THREAD_SHARE, _THREAD_FREE_S = 1 / 400, 0.01
+_EDGES_SHARE, _EDGES_FREE_S = 1 / 800, 0.01
+# The end of one phase is the beginning of the next: one sample serves both.
+_SAME_MOMENT_S = 1e-4
 _JOURNAL_POINTS = 6
 
 
@@ -51,13 +54,13 @@ class Session:
     """Samples between `start` and `stop`; a context manager; used once.
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
-    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where
-    sampling would take more than one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier has
-    grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed, which
-    is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and
-    category whose the bytes are now; called in the sampling thread and at the ends of phases, along the time line and
-    when a peak grows, so it must be quick and thread-safe; its error ends the session. `attributed_by` names it in the
-    report.
+    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where sampling
+    would take more than a quarter of one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier
+    has grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed,
+    which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and category whose
+    the bytes are now, or None when it cannot tell at this moment; called in the sampling thread and at the ends of
+    phases, along the time line and when a peak grows, so it must be quick and thread-safe; its error ends the session.
+    `attributed_by` names it in the report.
 
     `root_pid`: watch that process and its descendants instead of this process and its own. `adopted`: watch all
     descendants of this process but not itself (it is the subreaper of what it runs). `group`: the job's own memory
@@ -71,7 +74,7 @@ class Session:
         watch: Iterable[str | Path] = (),
         limit_bytes: int | None = None,
         on_over: Callable[[int, int], None] | None = None,
-        attribution: Callable[[], Attributed] | None = None,
+        attribution: Callable[[], Attributed | None] | None = None,
         attributed_by: AttributedBy = "torch",
         root_pid: int | None = None,
         adopted: bool = False,
@@ -94,7 +97,7 @@ class Session:
         self._journal = journal
         self._seen = _Seen(journaled=journal is not None)
         self._lock = threading.Lock()
-        self._thread = Ticker(self._tick, self._next_pause)
+        self._thread = Ticker(self._thread_tick, self._next_pause)
         self._begun: _Begun | None = None
         self._measured: Measured | None = None
 
@@ -165,28 +168,14 @@ class Session:
         with self._lock:
             self._running().readers.tree.retire(pid)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Name what happens inside; phases may nest and repeat. Samples at both ends, until that has cost more than one
-        part in 200 of the time (hundreds of phases a second): then at some ends only, and a phase without any sample
-        takes the latest one.
+        part in 800 of the time (some ten ends a second): then at some ends only, and a phase without any sample takes
+        the latest one, and its traffic is known no better.
 
         After a thousand of them a phase is added to the last one of its name, so that a long run stays small.
         """
-        begun = self._running()
-        opened = OpenPhase(name, begun.elapsed_s(), *begun.edge_io)
-        with self._lock:
-            self._seen.open.append(opened)
-        opened.read_bytes, opened.write_bytes = self._edge(begun)
-        try:
-            yield
-        finally:
-            io = self._edge(begun)
-            with self._lock:
-                self._seen.open.remove(opened)
-                if opened.peaks.of(Tier.DRAM) is None:
-                    opened.peaks.see(self._seen.last, asked=False)
-                _keep(self._seen.phases, opened.closed(begun.elapsed_s(), *io))
+        return _InPhase(self, name)
 
     def __enter__(self) -> Session:
         return self.start()
@@ -201,20 +190,31 @@ class Session:
 
     def _edge(self, begun: _Begun) -> tuple[int, int]:
         """Sample at an end of a phase where that is affordable; the traffic so far."""
-        if begun.edge_cost_s < _EDGES_FREE_S + begun.elapsed_s() / _EDGES_SHARE:
+        now_s = begun.elapsed_s()
+        if now_s - begun.edge_s > _SAME_MOMENT_S and begun.edges.left_s(now_s) > 0:
             cpu = time.thread_time()
             self._tick()
             with self._lock:
                 begun.edge_io = begun.readers.tree.io()
-                begun.edge_cost_s += time.thread_time() - cpu
+                cost_s = time.thread_time() - cpu
+                self._seen.cost_s += max(0.0, cost_s - self._seen.tick_cost_s)  # the sample itself is in it
+                begun.edge_s = begun.elapsed_s()
+                begun.edges.spend(cost_s, begun.edge_s)
         return begun.edge_io
 
+    def _thread_tick(self) -> None:
+        begun = self._running()
+        # the end of a phase may just have been looked at
+        if begun.elapsed_s() - self._seen.last.t_s > self._pause_s / 2:
+            self._tick()
+            begun.thread.spend(self._seen.tick_cost_s, begun.elapsed_s())
+
     def _next_pause(self) -> float:
+        begun = self._running()
         calm = self._seen.last.t_s - self._seen.grew_s > _CALM_AFTER_S
         longest_s = self._interval_s * (self._calm_times if calm else 1)
-        dearest_s = self._seen.tick_cost_s * (_COST_SHARE - 1)
-        self._pause_s = max(min(longest_s, self._pause_s * _PAUSE_GROWS), dearest_s)
-        return self._pause_s
+        self._pause_s = min(longest_s, self._pause_s * _PAUSE_GROWS)
+        return max(self._pause_s, begun.thread.wait_s(begun.elapsed_s()))
 
     def _tick(self, *, fresh: bool = False) -> None:
         begun = self._running()
@@ -224,17 +224,18 @@ class Session:
                 return
             seen, t_s = self._seen, begun.elapsed_s()
             point = begun.readers.read(t_s, fresh=fresh)
-            counted = [seen.peaks, *(opened.peaks for opened in seen.open)]
-            rising = self._attributed_by is not None and any(peaks.worth_asking(point) for peaks in counted)
+            counted: list[Peaks | OpenPhase] = [seen.peaks, *seen.open]
+            rising = self._attributed_by is not None and any(each.worth_asking(point) for each in counted)
             attributed = self._attribution.latest(t_s, at_peak=rising, fresh=fresh)
-            seen.take(point if attributed is None else replace(point, attributed=attributed), rising, begun.readers)
+            if attributed is not None:
+                point = replace(point, attributed=attributed)
+            asked = rising and self._attribution.asked
+            seen.take(point, asked, begun.readers, current=self._attribution.current)
+            seen.tick_cost_s = time.thread_time() - cpu
             if self._journal is not None and seen.since_journal is not None and self._journal.due(t_s):
                 self._journal.write(self._result(begun), seen.since_journal.points())
                 seen.since_journal = Thinner(_JOURNAL_POINTS)
             seen.cost_s += time.thread_time() - cpu
-        # what watches another process does nothing else: all it costs counts, not the sampling alone
-        spent = time.process_time() if self._watching else seen.cost_s
-        seen.count_cost(spent, usual=not fresh)
         self._over.see(point.dram_bytes)
 
     def _result(self, begun: _Begun) -> Measured:
@@ -256,6 +257,7 @@ class Session:
             process_write_bytes=max(0, write_bytes - begun.io_bytes[1]),
             oom_kills=container.oom_kills or 0,
             samples=seen.samples,
+            # what watches another process does nothing else: all it costs counts, not the sampling alone
             cost_s=time.process_time() - begun.cpu_s if self._watching else seen.cost_s,
             phases=list(seen.phases),
             timeline=Timeline(),
@@ -276,6 +278,31 @@ class Session:
         )
 
 
+class _InPhase:
+    """Inside of a phase; a class of its own because a loop may pass here a thousand times a second."""
+
+    __slots__ = ("_name", "_opened", "_session")
+
+    def __init__(self, session: Session, name: str) -> None:
+        self._session, self._name = session, name
+        self._opened: OpenPhase | None = None
+
+    def __enter__(self) -> None:
+        begun = self._session._running()
+        self._opened = opened = OpenPhase(self._name, begun.elapsed_s())
+        self._session._seen.open.append(opened)  # in one step, which needs no lock
+        opened.read_bytes, opened.write_bytes = self._session._edge(begun)
+
+    def __exit__(self, *_: object) -> None:
+        session, opened = self._session, self._opened
+        assert opened is not None
+        begun, seen = session._running(), session._seen
+        io = session._edge(begun)
+        with session._lock:
+            seen.open.remove(opened)
+            _keep(seen.phases, opened.closed(begun.elapsed_s(), *io, latest=seen.last))
+
+
 class _Begun:
     """The state of things when the session began. Seconds are of the monotonic clock; only `iso` is the wall's."""
 
@@ -288,7 +315,9 @@ class _Begun:
         self.io_bytes = readers.tree.io()
         self.dram_bytes = 0
         self.edge_io = self.io_bytes
-        self.edge_cost_s = 0.0
+        self.edge_s = float("-inf")
+        self.edges = Allowance(_EDGES_SHARE, _EDGES_FREE_S)
+        self.thread = Allowance(_THREAD_SHARE, _THREAD_FREE_S)
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.at_s
@@ -309,12 +338,14 @@ class _Seen:
         self._grown: dict[Tier, float] = {}
         self.samples = 0
         self.cost_s = 0.0
-        self.tick_cost_s = self._spent_s = 0.0
+        self.tick_cost_s = 0.0
 
-    def take(self, point: Point, asked: bool, readers: Readers) -> None:
-        """One sample."""
+    def take(self, point: Point, asked: bool, readers: Readers, *, current: bool) -> None:
+        """One sample. `current`: what is attributed belongs to this moment, and may stand at a peak."""
         self.last = point
-        risen = self.peaks.see(point, asked=asked)
+        asked = asked and current
+        seen = point if current else replace(point, attributed=None)
+        risen = self.peaks.see(seen, asked=asked)
         if risen:
             kinds = readers.kinds()
             self.kinds.update({tier: kinds[tier] for tier in risen if tier in kinds})
@@ -322,18 +353,12 @@ class _Seen:
             now = point.bytes_of(tier) or 0
             if now > _GROWTH * self._grown.get(tier, 0.0):
                 self._grown[tier], self.grew_s = now, point.t_s
-        for opened in self.open:
-            opened.peaks.see(point, asked=asked)
+        for opened in self.open.copy():
+            opened.see(seen, asked=asked)
         self.thinner.add(point)
         if self.since_journal is not None:
             self.since_journal.add(point)
         self.samples += 1
-
-    def count_cost(self, spent_s: float, *, usual: bool) -> None:
-        """CPU seconds spent so far; `usual`: the next sample will cost about what this one did."""
-        if usual:
-            self.tick_cost_s += (spent_s - self._spent_s - self.tick_cost_s) * _COST_NEW
-        self._spent_s = spent_s
 
 
 def _keep(phases: list[Phase], phase: Phase) -> None:

@@ -18,7 +18,9 @@ from memopt.tiers import Category, Tier
 from memopt.units import format_bytes
 
 # Looking again costs time in proportion to the number of tensors; it waits until that is at most this share of it.
-_SHARE = 1 / 200
+_SHARE = 1 / 1000
+# The hooks time what they do themselves; getting there and back takes as long again.
+_AROUND = 2.0
 _COUNTED = (Tier.GPU, Tier.DRAM)
 _MAY_BE_MAPPED = (Category.WEIGHTS, Category.BUFFERS)
 
@@ -50,14 +52,17 @@ class TorchAttribution:
         self._sizes: list[int] = []
         self._hooks: dict[int, Any] = {}
         self._passes = 0
+        self._spent_s = 0.0
+        self.observing = True
+        """Whether gradients and activations are being counted."""
         self.saved = SavedTensors() if activations else None
 
     def watch(self, watched: Any) -> None:
         """A module, an optimizer, or anything that holds tensors and is then taken for a key-value cache."""
         if isinstance(watched, torch.nn.Module):
             _add(self._modules, watched)
-            if self.saved is not None:
-                self.saved.install()
+            if self.saved is not None and self.observing and not self.saved.install():
+                self._note("other saved-tensor hooks were in place at watch(): activations are not counted under them")
         elif isinstance(watched, torch.optim.Optimizer):
             _add(self._optimizers, watched)
         else:
@@ -67,6 +72,25 @@ class TorchAttribution:
             except TypeError:  # a tuple or a dict cannot be referred to weakly
                 self._caches.append(lambda: watched)
         self.look(force=True)
+
+    def observe(self, on: bool) -> None:
+        """Count gradients and activations from now on, or leave the program alone; between steps, in its own thread.
+
+        Other hooks that lie on top keep things as they are.
+        """
+        if on == self.observing or (not on and self.saved is not None and not self.saved.pause()):
+            return
+        if on and self.saved is not None:
+            self.saved.install()
+        self.observing = on
+        if on:
+            self.look(force=True)
+        else:
+            self._remove_hooks()
+
+    def spent_s(self) -> float:
+        """Seconds that counting gradients and activations has taken so far."""
+        return _AROUND * (self._spent_s + (0.0 if self.saved is None else self.saved.spent_s))
 
     def passing(self, step: int) -> None:
         """A forward or backward pass begins (+1) or ends (-1); decides how a GPU's activations are counted."""
@@ -79,11 +103,14 @@ class TorchAttribution:
 
     def close(self) -> None:
         """Take all hooks away; what was seen last stays readable."""
+        self._remove_hooks()
+        if self.saved is not None and not self.saved.remove():
+            self._note("other saved-tensor hooks were put on top of memopt's; those stay until these are gone, idle")
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        if self.saved is not None and not self.saved.remove():
-            self._note("other saved-tensor hooks were put on top of memopt's; those stay until these are gone, idle")
 
     def mapped_bytes(self) -> int:
         """Bytes of watched weights and buffers that are still pages of a file."""
@@ -174,10 +201,16 @@ class TorchAttribution:
                 self._note_gradient(param)
             # ids of parameters that are gone may come again, without a hook
             known = self._hooks.get(number)
-            if param.requires_grad and param.is_leaf and (known is None or known.param() is not param):
+            if (
+                self.observing
+                and param.requires_grad
+                and param.is_leaf
+                and (known is None or known.param() is not param)
+            ):
                 self._hooks[number] = _GradientHook(param, self._note_gradient)
 
     def _note_gradient(self, param: torch.Tensor) -> None:
+        began = time.perf_counter()
         try:
             gradient = param.grad
             if type(gradient) is torch.Tensor and gradient.layout is torch.strided:  # quickly, there are many
@@ -190,6 +223,8 @@ class TorchAttribution:
                 self._gradients[item.key] = item
         except Exception as error:  # this runs inside the program's backward pass
             self._note(f"attribution of gradients: {type(error).__name__}: {error}")
+        finally:
+            self._spent_s += time.perf_counter() - began
 
     def _map_files(self) -> None:
         items = [item for category in _MAY_BE_MAPPED for item in self._found[category] if item.tier is Tier.DRAM]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,12 @@ class AutoPhases:
         self._handles: list[Any] = []
         self._threads = _Inside()
         self._backward = False
+        self.passes = 0
+        """Calls of watched modules so far that were not inside another one's."""
+        self.enabled = True
+        """Whether phases are found: `begin` and `end` are called, but for `end("optimizer")`, which always is."""
+        self.spent_s = 0.0
+        """CPU seconds that `begin` and `end` have taken."""
 
     def watch(self, watched: torch.nn.Module | torch.optim.Optimizer) -> None:
         """Set the hooks of one module or optimizer."""
@@ -54,13 +61,17 @@ class AutoPhases:
         if torch.compiler.is_compiling():
             return  # what is traced into a graph cannot be timed
         calls = self._threads.calls
+        if not calls:
+            self.passes += 1
+            if not self.enabled:
+                return
         cache = _cache_in(kwargs)
         if calls:
             name = calls[-1][1]
         else:
             name = _name(cache, args, kwargs)
             self._finish_backward()  # in case nobody told its end
-            self._begin(name)
+            self._tell(self._begin, name)
         calls.append((id(module), name))
         if cache is not None:
             self._found_cache(cache)
@@ -72,7 +83,7 @@ class AutoPhases:
         _, name = calls.pop()
         if calls:
             return
-        self._end(name)
+        self._tell(self._end, name)
         if torch.is_grad_enabled():
             for tensor in _tensors(result):
                 if tensor.requires_grad and tensor.grad_fn is not None:
@@ -87,19 +98,25 @@ class AutoPhases:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._finish_backward)
             self._backward = True
-            self._begin("backward")
+            self._tell(self._begin, "backward")
 
     def _finish_backward(self) -> None:
         if self._backward:
             self._backward = False
-            self._end("backward")
+            self._tell(self._end, "backward")
 
     def _before_step(self, *_: Any) -> None:
-        self._finish_backward()
-        self._begin("optimizer")
+        if self.enabled:
+            self._finish_backward()
+            self._tell(self._begin, "optimizer")
 
     def _after_step(self, *_: Any) -> None:
         self._end("optimizer")
+
+    def _tell(self, what: Begin | End, name: str) -> None:
+        began = time.thread_time()
+        what(name)
+        self.spent_s += time.thread_time() - began
 
 
 def _cache_in(values: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Container
@@ -55,6 +56,8 @@ class SavedTensors:
 
     def __init__(self, skip: Container[int] = ()) -> None:
         self.skip = skip
+        self.spent_s = 0.0
+        """Seconds that packing and unpacking have taken."""
         self._lock = threading.Lock()
         self._gone: deque[_Key] = deque()
         self._holders: dict[_Key, tuple[int, int, Tier]] = {}
@@ -64,21 +67,39 @@ class SavedTensors:
         self._installed = False
         self._counting = False
 
-    def install(self) -> None:
-        """Count what this thread saves from now on. Saving in a thread that was started before is not counted."""
-        if not self._installed:
+    def install(self) -> bool:
+        """Count what this thread saves from now on. Saving in a thread that was started before is not counted.
+
+        False where others have hooks: whoever set those will take off what lies on top, which must not be these.
+        """
+        if self._installed:
+            return True
+        if _top_hooks() is not None:
+            return False
+        try:
             self._hooks.__enter__()
-            self._undo_checkpoint = _tell_of_recomputation(self._saved_again)
-            self._installed = self._counting = True
+        except RuntimeError:  # inside torch.autograd.graph.disable_saved_tensors_hooks
+            return False
+        self._undo_checkpoint = _tell_of_recomputation(self._saved_again)
+        self._installed = self._counting = True
+        return True
+
+    def pause(self) -> bool:
+        """Take the hooks off until `install`. False when other hooks lie on top of these; then nothing changes."""
+        top = _top_hooks()
+        if self._installed and (top is None or top[0] != self._hooks.pack_hook):
+            return False
+        return self.remove()
 
     def remove(self) -> bool:
         """Stop counting. False when other hooks lie on top of these, which then stay, idle."""
         self._counting = False
         if self._undo_checkpoint is not None:
             self._undo_checkpoint()
+            self._undo_checkpoint = None
         if not self._installed:
             return True
-        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        top = _top_hooks()
         if top is None or top[0] != self._hooks.pack_hook:
             return False
         self._hooks.__exit__()
@@ -92,11 +113,15 @@ class SavedTensors:
             return self._bytes.get(tier, 0)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        return _Saved(tensor, self._count(tensor) if self._counting else (), self._gone)
+        began = time.perf_counter()
+        saved = _Saved(tensor, self._count(tensor) if self._counting else (), self._gone)
+        self.spent_s += time.perf_counter() - began
+        return saved
 
-    @staticmethod
-    def _unpack(saved: Any) -> torch.Tensor:
+    def _unpack(self, saved: Any) -> torch.Tensor:
+        began = time.perf_counter()
         tensor: torch.Tensor = saved.unpack()
+        self.spent_s += time.perf_counter() - began
         return tensor
 
     def _count(self, tensor: torch.Tensor) -> tuple[_Key, ...]:
@@ -143,6 +168,10 @@ class SavedTensors:
             else:
                 del self._holders[key]
                 self._bytes[tier] -= nbytes
+
+
+def _top_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _is_weight(tensor: torch.Tensor) -> bool:
