@@ -123,8 +123,8 @@ def watch(recorder: Recorder) -> Callable[[], None]:
 
 def check_config(config: Any) -> None:
     """Refuse an engine whose steps cannot all be watched from one process. `config` is vLLM's."""
-    parallel, ways = config.parallel_config, ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    ways += ("decode_context_parallel_size", "prefill_context_parallel_size")
+    parallel = config.parallel_config
+    ways = [f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data", "decode_context", "prefill_context")]
     for name in ways:
         if getattr(parallel, name, 1) > 1:
             raise BadInput(f"{name} above 1: each worker sees only its share; calibrate with 1 (any server may use it)")

@@ -44,10 +44,7 @@ class PromptEnergy:
         """(K, D) float64, of all tokens so far; raises BadInput when there were none."""
         if self._query is None or self._key is None:
             raise BadInput("a prompt without tokens has no scores")
-        if self._observation is None:
-            query = self._query / self.tokens
-        else:
-            query = self._query.mean(0, dtype=torch.float64)
+        query = self._query / self.tokens if self._observation is None else self._query.mean(0, dtype=torch.float64)
         return group_energy(query[None], len(self._key))[0] * (self._key / self.tokens)
 
 
