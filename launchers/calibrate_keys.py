@@ -31,6 +31,9 @@ def _calibrate_keys(
     device: Annotated[
         str | None, typer.Option("--device", help="Where the model runs. Default: cuda if there is one, else cpu.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="hf|vllm", help="What computes: transformers, or a vLLM engine, whole.")
+    ] = "hf",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Choose key channels on data, once: the file for ThinKCache(channels=FILE) and memopt serve --key-channels."""
@@ -53,6 +56,7 @@ def _calibrate_keys(
         observation=observation,
         multiple=multiple,
         device=device,
+        engine=engine,  # type: ignore[arg-type]  # checked there
         on_window=show,
     )
     if not quiet:

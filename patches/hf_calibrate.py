@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from memopt.errors import BadInput
 from memopt.kv.channel_file import ModelIdentity
 from memopt.kv.channels import channel_scores
+from memopt.kv.score_sums import MeanScores
 from memopt.patches.hf_attention import Stock, ThinKeys, attach
 from memopt.patches.hf_cache import served
 from memopt.patches.hf_identity import identity_of, weights_digest
@@ -21,11 +22,10 @@ from memopt.patches.hf_identity import identity_of, weights_digest
 class _ScoringLayer(DynamicLayer):
     """Attends like the stock layer over one window, and adds up the scores of its channels. Keeps nothing."""
 
-    def __init__(self, observation: int | None) -> None:
+    def __init__(self, index: int, observation: int | None, means: MeanScores) -> None:
         super().__init__()
-        self._observation = observation
+        self._index, self._observation, self._means = index, observation, means
         self._now: tuple[Tensor, Tensor] | None = None
-        self.total: Tensor | None = None  # (K, D) float64
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         self._now = key_states, value_states
@@ -38,8 +38,7 @@ class _ScoringLayer(DynamicLayer):
         key, value = self._now
         self._now = None
         observed = query if self._observation is None else query[:, :, -self._observation :]
-        scores = channel_scores(observed, key).sum(0).double()
-        self.total = scores if self.total is None else self.total + scores
+        self._means.add(self._index, channel_scores(observed, key).sum(0))
         return stock(module, query, key, value, mask, **options)
 
     def get_seq_length(self) -> int:
@@ -61,15 +60,15 @@ def score_channels(
     Raises:
         BadInput: no window, a model whose attention cannot be observed, or scores that are not finite.
     """
-    text = served(model)
+    text, scores = served(model), MeanScores()
     layers = [
-        _ScoringLayer(observation) if type(layer) is DynamicLayer else layer
-        for layer in DynamicCache(config=text).layers
+        _ScoringLayer(index, observation, scores) if type(layer) is DynamicLayer else layer
+        for index, layer in enumerate(DynamicCache(config=text).layers)
     ]
     scoring = {index: layer for index, layer in enumerate(layers) if isinstance(layer, _ScoringLayer)}
     if not scoring:
         raise BadInput(f"{text.model_type}: no layer attends to the whole context, so there is nothing to calibrate")
-    cache, count, tokens = Cache(layers=layers), 0, 0
+    cache, tokens = Cache(layers=layers), 0
     undo = attach(model)
     try:
         with torch.inference_mode():
@@ -78,17 +77,12 @@ def score_channels(
                     if index not in scoring and layer.is_initialized:
                         layer.reset()
                 model(window[None].to(model.device), past_key_values=cache, logits_to_keep=1)
-                count, tokens = count + 1, tokens + len(window)
+                tokens += len(window)
                 if on_window is not None:
                     on_window(len(window))
     finally:
         undo()
-    if not count:
-        raise BadInput("no text to calibrate on")
-    means = {index: layer.total.cpu() / count for index, layer in scoring.items() if layer.total is not None}
-    for index, mean in means.items():
-        if not torch.isfinite(mean).all():
-            raise BadInput(f"layer {index}: scores that are not finite; the model overflows in {model.dtype}")
+    means = scores.means(model.dtype)
     embedding = model.get_input_embeddings()
     assert embedding is not None
     return identity_of(model.config, weights=weights_digest(embedding.weight)), means, tokens

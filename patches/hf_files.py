@@ -39,6 +39,7 @@ _CONVERT = (
     "convert it once on a machine that trusts it: "
     "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR), then give NEW_DIR"
 )
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 def local_directory(path_or_id: str | os.PathLike[str]) -> Path | None:
@@ -190,3 +191,13 @@ class TensorFiles:
             raise BadInput(f"{file} is not a whole safetensors file ({error}); fetch the checkpoint again") from error
         self._open = (file, reader)
         return reader
+
+
+def stored_embedding(directory: Path) -> torch.Tensor | None:
+    """The input embedding (V, S) of a checkpoint as it is stored; None where no tensor has a name known for it."""
+    files = TensorFiles(checkpoint_files(directory))
+    try:
+        name = next((each for each in files.specs if each.endswith(_EMBEDDINGS)), None)
+        return None if name is None else files.get(name)
+    finally:
+        files.close()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from memopt.kv.channel_file import ChannelSets, save_channels
 from memopt.kv.channels import choose, kept_count
 from memopt.patches.hf_files import resolve_checkpoint
 
+Engine = Literal["hf", "vllm"]
 _LEAST_TOKENS = 16
 """Shorter windows say nothing about a context."""
 
@@ -42,13 +43,17 @@ def calibrate_keys(
     observation: int | None = None,
     multiple: int = 16,
     device: str | None = None,
+    engine: Engine = "hf",
+    engine_options: Mapping[str, Any] | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Calibrated:
     """Average ThinK's channel scores over windows of `data`, choose `keep` of every KV head's channels, write `out`.
 
     The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
     last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`
-    hears the number of windows done and their tokens in all.
+    hears the number of windows done and their tokens in all. `engine`: "hf" runs the model in transformers on `device`;
+    "vllm" serves the windows with vLLM's stock attention in this process, where it computes, and takes more of its
+    engine's options from `engine_options`.
 
     Raises:
         BadInput: settings, model or data that cannot be used; data without text.
@@ -58,16 +63,17 @@ def calibrate_keys(
             raise BadInput(f"{name} is too small; {name} >= {_LEAST_TOKENS if name == 'seq_len' else 1}")
     if observation is not None and observation < 1:
         raise BadInput(f"observation = {observation}: at least one query must choose the channels")
+    if engine not in get_args(Engine):
+        raise BadInput(f"engine: {engine!r} is not one of {', '.join(get_args(Engine))}")
+    if engine == "vllm" and device is not None:
+        raise BadInput(f"device {device}: vLLM computes where its build does; leave --device out with --engine vllm")
     kept_count(8, keep)  # the range, before a model is loaded
     path = Path(out)
     if not path.parent.is_dir():
         raise BadInput(f"--out {path}: no such directory {path.parent}; make it first")
     directory = resolve_checkpoint(model)
     tokenizer = load_tokenizer(str(directory))
-    loaded = _load(directory, device)
-    # imported late, as transformers is
-    from memopt.patches.hf_calibrate import score_channels
-
+    loaded = _load(directory, device) if engine == "hf" else None
     used, seen = 0, 0
 
     def count(tokens: int) -> None:
@@ -76,14 +82,30 @@ def calibrate_keys(
         if on_window is not None:
             on_window(used, seen)
 
-    vocabulary = int(loaded.get_input_embeddings().weight.shape[0])
+    vocabulary = int(loaded.get_input_embeddings().weight.shape[0]) if loaded is not None else _vocabulary(directory)
     cut = _windows(tokenizer, data, vocabulary, seq_len, windows)
     try:
-        identity, scores, tokens = score_channels(loaded, cut, observation=observation, on_window=count)
+        # imported late, as transformers and vLLM are
+        if loaded is not None:
+            from memopt.patches import hf_calibrate
+
+            found = hf_calibrate.score_channels(loaded, cut, observation=observation, on_window=count)
+        else:
+            from memopt.patches import vllm_score
+
+            found = vllm_score.score_channels(
+                directory,
+                cut,
+                seq_len=seq_len,
+                observation=observation,
+                on_window=count,
+                options=dict(engine_options or {}),
+            )
     except BadInput as error:
         if used:
             raise
         raise BadInput(f"data {data}: {error} (at least {_LEAST_TOKENS} tokens in one document)") from error
+    identity, scores, tokens = found
     wanted = kept_count(identity.head_dim, keep, multiple=multiple)
     sets = ChannelSets(
         model=identity, keep=keep, keys={layer: choose(mean, wanted) for layer, mean in scores.items()}, tokens=tokens
@@ -111,6 +133,12 @@ def _windows(
             return
     if len(document) >= _LEAST_TOKENS:
         yield document
+
+
+def _vocabulary(directory: Path) -> int:
+    from memopt.patches.hf_checkpoint import load_config
+
+    return int(load_config(str(directory)).get_text_config(decoder=True).vocab_size)
 
 
 def _load(directory: Path, device: str | None) -> Any:

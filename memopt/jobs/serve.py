@@ -21,7 +21,7 @@ from typing import Any
 from memopt.errors import BadInput, MemoptError
 from memopt.kv.channel_file import ChannelSets, check_same_model
 from memopt.patches.hf_checkpoint import load_config
-from memopt.patches.hf_files import TensorFiles, checkpoint_files, resolve_checkpoint
+from memopt.patches.hf_files import checkpoint_files, resolve_checkpoint, stored_embedding
 from memopt.patches.hf_identity import identity_of, weights_digest
 from memopt.patches.vllm_channels import sets_of
 from memopt.patches.vllm_config import RECEIPT, VARIABLES, ThinKeys
@@ -36,7 +36,6 @@ _REFUSED_OPTIONS = {
     "--kv-transfer-config": "a KV connector moves pages of the stock layout",
     "--attention-backend": "thin keys need memopt's own backend",
 }
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
 """vLLM's own choice where --block-size is not given."""
 _POLL_S = 0.5
@@ -273,12 +272,8 @@ def _digest(directory: Path, sets: ChannelSets) -> str:
     """The model's own digest where the file has one to compare with."""
     if not sets.model.weights:
         return ""
-    files = TensorFiles(checkpoint_files(directory))
-    try:
-        name = next((each for each in files.specs if each.endswith(_EMBEDDINGS)), None)
-        return "" if name is None else weights_digest(files.get(name))
-    finally:
-        files.close()
+    embedding = stored_embedding(directory)
+    return "" if embedding is None else weights_digest(embedding)
 
 
 def _kv_bytes(request: ServeRequest) -> int | None:
