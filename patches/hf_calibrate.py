@@ -13,19 +13,22 @@ from transformers.cache_utils import Cache, DynamicLayer
 from memopt.errors import BadInput
 from memopt.kv.channel_file import ModelIdentity
 from memopt.kv.channels import channel_scores
+from memopt.kv.joint import drop_order, set_errors
+from memopt.kv.settings import Score
+from memopt.kv.window import observe
 from memopt.patches.hf_attention import Stock, ThinKeys, attach
 from memopt.patches.hf_cache import served
 from memopt.patches.hf_identity import identity_of, weights_digest
 
 
 class _ScoringLayer(DynamicLayer):
-    """Attends like the stock layer over one window, and adds up the scores of its channels. Keeps nothing."""
+    """Attends like the stock layer over one window, and adds up what its channels are worth. Keeps nothing."""
 
-    def __init__(self, observation: int | None) -> None:
+    def __init__(self, observation: int | None, recent: int | None) -> None:
         super().__init__()
-        self._observation = observation
+        self._observation, self._recent = observation, recent
         self._now: tuple[Tensor, Tensor] | None = None
-        self.total: Tensor | None = None  # (K, D) float64
+        self.total: Tensor | None = None  # (K, D) float64, or (K, D, D) errors of sets
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         self._now = key_states, value_states
@@ -37,8 +40,14 @@ class _ScoringLayer(DynamicLayer):
         assert self._now is not None
         key, value = self._now
         self._now = None
-        observed = query if self._observation is None else query[:, :, -self._observation :]
-        scores = channel_scores(observed, key).sum(0).double()
+        count = query.shape[2] if self._observation is None else min(self._observation, query.shape[2])
+        if self._recent is None:
+            scores = channel_scores(query[:, :, -count:], key).sum(0).double()
+        else:
+            scaling = options.get("scaling")
+            scaling = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+            asked = observe(query, None, 0, count)
+            scores = set_errors(asked, key, None, scaling=scaling, recent=self._recent).sum(0).double()
         self.total = scores if self.total is None else self.total + scores
         return stock(module, query, key, value, mask, **options)
 
@@ -51,9 +60,15 @@ def score_channels(
     windows: Iterable[Tensor],  # token ids (T,), one prompt each
     *,
     observation: int | None = None,
+    score: Score = "joint",
+    recent: int = 32,
     on_window: Callable[[int], None] | None = None,
 ) -> tuple[ModelIdentity, dict[int, Tensor], int]:
-    """The model's identity, the mean score of every key channel by layer, (K, D) float64, and the tokens seen.
+    """The model's identity, a score of every key channel by layer, (K, D) float64, and the tokens seen.
+
+    score="joint": the turn in which a greedy choice drops the channel, by the errors of sets averaged over the windows,
+    the queries weighted by the attention they pay beyond `recent` tokens (memopt.kv.joint); the largest are to be kept,
+    however many. "think": the mean of the published score.
 
     Every layer that attends to the whole context is scored. `observation`: only so many of each window's last queries
     count (None: all of them, since static channels serve every position). `on_window` hears the tokens of each window.
@@ -63,7 +78,7 @@ def score_channels(
     """
     text = served(model)
     layers = [
-        _ScoringLayer(observation) if type(layer) is DynamicLayer else layer
+        _ScoringLayer(observation, recent if score == "joint" else None) if type(layer) is DynamicLayer else layer
         for layer in DynamicCache(config=text).layers
     ]
     scoring = {index: layer for index, layer in enumerate(layers) if isinstance(layer, _ScoringLayer)}
@@ -89,6 +104,8 @@ def score_channels(
     for index, mean in means.items():
         if not torch.isfinite(mean).all():
             raise BadInput(f"layer {index}: scores that are not finite; the model overflows in {model.dtype}")
+    if score == "joint":
+        means = {index: drop_order(mean, mean.shape[-1]) for index, mean in means.items()}
     embedding = model.get_input_embeddings()
     assert embedding is not None
     return identity_of(model.config, weights=weights_digest(embedding.weight)), means, tokens

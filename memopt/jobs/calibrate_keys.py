@@ -44,7 +44,9 @@ def calibrate_keys(
     device: str | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Calibrated:
-    """Average ThinK's channel scores over windows of `data`, choose `keep` of every KV head's channels, write `out`.
+    """Average what channels are worth over windows of `data`, choose `keep` of every KV head's, write `out`.
+
+    The choice is that of memopt.kv.joint, as in a cache that chooses for each prompt, over all windows together.
 
     The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
     last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`
