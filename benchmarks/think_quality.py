@@ -1,8 +1,9 @@
 """What pruned keys cost: perplexity and needles found, against the share of channels kept, beside two controls.
 
-Choices of channels, all through ThinKCache with the same count per KV head: `query-driven` (ThinK's, each prompt its
-own), `static` (the same scores averaged over library text that is not evaluated on), and the controls `random` (a new
-set per layer, head and seed) and `magnitude` (largest mean square of the keys, the queries not asked).
+Choices of channels, all through ThinKCache with the same count per KV head: `query-driven` (ThinKCache's own, each
+prompt its own: memopt.kv.joint), `published` (ThinK's score of the last 32 queries, score="think"), `static` (ThinK's
+score of all queries, averaged over library text that is not evaluated on), and the controls `random` (a new set per
+layer, head and seed) and `magnitude` (largest mean square of the keys, the queries not asked).
 
 Perplexity: 128 tokens of prompt, then 64 that are scored, in steps of 32, with recent=0 and fold="prune": every key is
 pruned, also the newest, so that nothing hides the choice. (The small models here hardly use what is farther away than
@@ -10,11 +11,13 @@ the default 32 whole tokens; the first line says what a prompt is worth to them 
 Needles (benchmarks/needles.py trains such a model): facts in 448 tokens of text, default settings; the question comes
 after the pruning, so that the choice could not know it, and the answer (three words, greedy) must come out of the
 pruned cache. "Question seen": the prompt ends with the question but for its last token, as in the usual needle test,
-so that the choice knows what is asked. The windows of a seed are the same for all, so differences are paired; their
-spread is over seeds.
+so that the choice knows what is asked. The windows of a seed are the same for all, so differences are paired: the
+spread of the difference to all channels is over seeds, and the last column is the query-driven choice's lead over the
+row's choice, positive where it is better, with its 95 % interval over windows (in log-perplexity or share found).
 
 Channels are rounded up to a multiple of 8: at head dimension 64, 0.4 would keep the same 32 as 0.5, so 0.375 and 0.25
-stand in for it. Exits 1 unless the query-driven choice beats both controls at 0.5 and below, in every measure.
+stand in for it. Exits 1 unless the query-driven choice beats both controls at 0.5 and below, in every measure; a level
+at which no choice finds one needle in six says nothing about choices, and is named and left out.
 """
 
 from __future__ import annotations
@@ -37,13 +40,24 @@ from torch import Tensor
 from benchmarks.harness import Table, machine_facts, number, say
 from benchmarks.needles import ANSWER, Needles, library_text
 
-COLUMNS = ("model", "measure", "choice", "keep", "channels of 64", "mean", "against all channels", "its spread")
+COLUMNS = (
+    "model",
+    "measure",
+    "choice",
+    "keep",
+    "channels of 64",
+    "mean",
+    "against all channels",
+    "its spread",
+    "query-driven leads by",
+)
 KEEPS = (0.8, 0.6, 0.5, 0.375, 0.25)
 PERPLEXITY, UNSEEN, SEEN = "perplexity", "needles found", "needles found, question seen"
-CHOICES = ("query-driven", "static", "random", "magnitude")
+CHOICES = ("query-driven", "published", "static", "random", "magnitude")
 _PROMPT, _SCORED, _STEP, _BATCH = 128, 64, 32, 8
 _NEEDLE_TOKENS, _NEEDLES = 448, 6
 _CALIBRATION = 24
+_FLOOR = 1 / 6
 _HELD_OUT = 50_000
 """Tokens at the end of the library text that neither needles.py trains on nor the calibration sees."""
 
@@ -85,13 +99,19 @@ def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namesp
     if args.only not in (None, measure):
         return True
     results: dict[tuple[str, float], list[float]] = {}
+    singles: dict[tuple[str, float], Tensor] = {}  # one value a window, over all seeds
     if measure == PERPLEXITY:
-        alone = [_value(subject, measure, "no prompt", 1.0, seed, args.windows) for seed in range(args.seeds)]
+        alone = [
+            _mean(measure, _values(subject, measure, "no prompt", 1.0, seed, args.windows))
+            for seed in range(args.seeds)
+        ]
         table.note(f"{subject.name}: perplexity of the scored tokens without their prompt {statistics.mean(alone):.3f}")
-    for keep in (1.0, *KEEPS):
+    for keep in (1.0, *args.keeps):
         for choice in CHOICES if keep < 1.0 else ("all channels",):
-            values = [_value(subject, measure, choice, keep, seed, args.windows) for seed in range(args.seeds)]
-            results[choice, keep] = values
+            windows = [_values(subject, measure, choice, keep, seed, args.windows) for seed in range(args.seeds)]
+            values = [_mean(measure, each) for each in windows]
+            results[choice, keep], singles[choice, keep] = values, torch.cat(windows)
+            lead, width = _lead(measure, singles, keep, choice)
             against = [value - full for value, full in zip(values, results["all channels", 1.0], strict=True)]
             row = {
                 "model": subject.name,
@@ -105,13 +125,17 @@ def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namesp
             }
             count = 64 if keep == 1.0 else min(64, -(-math.ceil(keep * 64 - 1e-9) // 8) * 8)
             cells = (subject.name, measure, choice, f"{keep:g}", str(count), number(row["mean"], 3))
-            table.add(row, (*cells, number(row["against"], 3), number(row["spread"], 3)))
-    better = -1.0 if measure == PERPLEXITY else 1.0
-    beaten = all(
-        better * (statistics.mean(results["query-driven", keep]) - statistics.mean(results[control, keep])) > 0.0
-        for keep in KEEPS
-        if keep <= 0.5
-        for control in ("random", "magnitude")
+            row |= {"lead": lead, "interval": width}
+            said = "" if choice in ("query-driven", "all channels") else f"{lead:+.3f} ± {width:.3f}"
+            table.add(row, (*cells, number(row["against"], 3), number(row["spread"], 3), said))
+    told = [keep for keep in args.keeps if keep <= 0.5]
+    if measure != PERPLEXITY:
+        silent = [keep for keep in told if all(singles[choice, keep].mean() < _FLOOR for choice in CHOICES)]
+        told = [keep for keep in told if keep not in silent]
+        for keep in silent:
+            table.note(f"{subject.name}, {measure}: nothing is found at keep {keep:g}, whoever chooses; left out.")
+    beaten = bool(told) and all(
+        _lead(measure, singles, keep, control)[0] > 0.0 for keep in told for control in ("random", "magnitude")
     )
     table.note(
         f"{subject.name}, {measure}: the query-driven choice {'beats' if beaten else 'DOES NOT BEAT'} both controls."
@@ -119,9 +143,23 @@ def _measure(table: Table, subject: Subject, measure: str, args: argparse.Namesp
     return beaten
 
 
-def _value(subject: Subject, measure: str, choice: str, keep: float, seed: int, windows: int) -> float:
+def _mean(measure: str, values: Tensor) -> float:
+    mean = values.mean().item()
+    return math.exp(mean) if measure == PERPLEXITY else mean
+
+
+def _lead(measure: str, singles: dict[tuple[str, float], Tensor], keep: float, other: str) -> tuple[float, float]:
+    """How much better the query-driven choice is than another on the same windows, and half its 95 % interval."""
+    if ("query-driven", keep) not in singles:
+        return 0.0, 0.0
+    lead = (singles["query-driven", keep] - singles[other, keep]) * (-1.0 if measure == PERPLEXITY else 1.0)
+    return lead.mean().item(), 1.96 * lead.std().item() / math.sqrt(len(lead))
+
+
+def _values(subject: Subject, measure: str, choice: str, keep: float, seed: int, windows: int) -> Tensor:
+    """Of each window: the mean loss of its scored tokens, or 1 where the needle was found and 0 where not."""
     generator = torch.Generator().manual_seed(seed)
-    sums = 0.0
+    values = []
     for _ in range(windows // _BATCH):
         ids, scored = (_text if measure == PERPLEXITY else _facts)(subject, generator)
         prompt = ids.shape[1] - scored if measure == PERPLEXITY else scored
@@ -136,12 +174,10 @@ def _value(subject: Subject, measure: str, choice: str, keep: float, seed: int, 
             logits = torch.cat([subject.model(step, past_key_values=cache).logits for step in steps], 1)[:, :-1].float()
         target = ids[:, prompt + 1 :]
         if measure == PERPLEXITY:
-            sums += torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
+            values.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1))
         else:
-            right = (logits.argmax(-1) == target)[:, -ANSWER:].all(1)
-            sums += right.float().mean().item()
-    mean = sums / (windows // _BATCH)
-    return math.exp(mean) if measure == PERPLEXITY else mean
+            values.append((logits.argmax(-1) == target)[:, -ANSWER:].all(1).float())
+    return torch.cat(values)
 
 
 def _text(subject: Subject, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -179,7 +215,10 @@ def _cache(subject: Subject, choice: str, keep: float, seed: int, options: dict[
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "keys.safetensors"
             save_channels(path, ChannelSets(model=subject.identity, keep=keep, keys=keys))
             options["channels"] = path
+        elif choice == "published":
+            options["score"] = "think"
         elif choice == "magnitude":
+            options["score"] = "think"  # whose scores are replaced
 
             def norms(query: Tensor, key: Tensor, *, query_real: Any = None, key_real: Any = None) -> Tensor:
                 return energy(key, key_real)
@@ -217,6 +256,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, default=16, help="of each seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, help="shares of channels to keep")
     parser.add_argument("--only", choices=(PERPLEXITY, UNSEEN, SEEN), help="this measure alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", action="store_true")

@@ -32,7 +32,12 @@ def _calibrate_keys(
         str | None, typer.Option("--device", help="Where the model runs. Default: cuda if there is one, else cpu.")
     ] = None,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="hf|vllm", help="What computes: transformers, or a vLLM engine, whole.")
+        str,
+        typer.Option(
+            "--engine",
+            metavar="hf|vllm",
+            help="What computes: transformers (channels chosen together), or a vLLM engine (by the published score).",
+        ),
     ] = "hf",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:

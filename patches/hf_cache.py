@@ -25,8 +25,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from memopt.errors import BadInput
 from memopt.kv.channel_file import ChannelSets, load_channels
 from memopt.kv.channels import kept_count
+from memopt.kv.joint import ASKED, observe_spread
 from memopt.kv.rows import Rows
-from memopt.kv.settings import Fold, Storage, ThinSettings
+from memopt.kv.settings import Fold, Score, Storage, ThinSettings
 from memopt.kv.state import ThinState
 from memopt.kv.window import Window, observe
 from memopt.patches import hf_attention
@@ -50,6 +51,7 @@ class ThinLayer(DynamicLayer):
         self._dense_keys: Tensor | None = None
         self._dense_values: Rows | None = None
         self._window: Window | None = None
+        self._asked: Window | None = None  # the queries of score="joint"
         self._real: Tensor | None = None  # (B, T) bool, while dense and where something is padded
         self._scaling = 1.0
         self._waiting = False  # between `update` and `attend`
@@ -138,6 +140,7 @@ class ThinLayer(DynamicLayer):
             self._dense_keys = self._dense_keys[:, :, :-count]
             self._dense_values.crop(count)
             self._window = None if self._window is None else _without_last(self._window, length - count)
+            self._asked = None if self._asked is None else _without_last(self._asked, length - count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Batch rows in another order, for beam search."""
@@ -165,10 +168,11 @@ class ThinLayer(DynamicLayer):
             return self.state.tensors()
         dense = [] if self._dense_keys is None else [self._dense_keys]
         values = [] if self._dense_values is None else self._dense_values.tensors()
-        return [*dense, *values, *([] if self._window is None else self._window.tensors())]
+        queries = [tensor for each in (self._window, self._asked) if each is not None for tensor in each.tensors()]
+        return [*dense, *values, *queries]
 
     def _forget(self) -> None:
-        self.state = self._dense_keys = self._dense_values = self._window = self._real = None
+        self.state = self._dense_keys = self._dense_values = self._window = self._asked = self._real = None
         self._waiting = False
 
     @torch.no_grad()
@@ -186,18 +190,21 @@ class ThinLayer(DynamicLayer):
         start = tokens - count
         if start < prompt:
             real = None if self._real is None else self._real[:, start:prompt]
-            self._window = observe(query[:, :, : prompt - start], real, start, self._settings.observation, self._window)
+            query = query[:, :, : prompt - start]
+            self._window = observe(query, real, start, self._settings.observation, self._window)
+            if self._kept is None and self._settings.score == "joint":
+                self._asked = observe_spread(query, real, start, ASKED, self._asked)
         if self._prompt_tokens is None or tokens >= self._prompt_tokens:
             self._prune(prompt)
 
     @torch.no_grad()
     def _prune(self, prompt: int) -> None:
-        keys, values, window = self._dense_keys, self._dense_values, self._window
+        keys, values, window, asked = self._dense_keys, self._dense_values, self._window, self._asked
         assert keys is not None and values is not None and window is not None
         later = keys[:, :, prompt:], values.view()[:, :, prompt:].clone()
         values.crop(values.length - prompt)
         # let go of here, so that what is replaced can be freed inside
-        self._dense_keys = self._dense_values = self._window = None
+        self._dense_keys = self._dense_values = self._window = self._asked = None
         self.state = ThinState.prune(
             self._settings,
             keys[:, :, :prompt],
@@ -205,6 +212,7 @@ class ThinLayer(DynamicLayer):
             window,
             scaling=self._scaling,
             real=None if self._real is None else self._real[:, :prompt],
+            asked=asked,
             kept=self._kept,
         )
         self._real = None
@@ -218,12 +226,8 @@ class ThinLayer(DynamicLayer):
             self._dense_keys = change(self._dense_keys)
             self._dense_values.map_batch(change)
             self._real = None if self._real is None else change(self._real)
-            if self._window is not None:
-                self._window = Window(
-                    query=change(self._window.query),
-                    position=change(self._window.position),
-                    real=change(self._window.real),
-                )
+            self._window = None if self._window is None else _mapped(self._window, change)
+            self._asked = None if self._asked is None else _mapped(self._asked, change)
 
 
 class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
@@ -234,11 +238,13 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
     out = model.generate(**inputs, past_key_values=cache)
     ```
 
-    `key_keep` and `value_keep` are shares of a head's channels (rounded up to a multiple of 8). The `observation` last
-    prompt tokens choose the channels; the `recent` newest tokens stay whole. Tokens after the prompt stay whole with
-    fold="keep", or are pruned like the prompt a block at a time with fold="prune". `evict` keeps so many tokens of the
-    prompt per KV head (SnapKV) before the channels are pruned. `storage` "int8" or "int4" codes all but the newest
-    tokens (KIVI). `channels` is a file of `memopt calibrate-keys`: static channels instead of each prompt's own.
+    `key_keep` and `value_keep` are shares of a head's channels (rounded up to a multiple of 8). Queries from all of the
+    prompt choose the key channels together (memopt.kv.joint); with score="think", the paper's, only those of the
+    `observation` last prompt tokens, each channel alone. The `recent` newest tokens stay whole. Tokens after the prompt
+    stay whole with fold="keep", or are pruned like the prompt a block at a time with fold="prune". `evict` keeps so
+    many tokens of the prompt per KV head (SnapKV) before the channels are pruned. `storage` "int8" or "int4" codes all
+    but the newest tokens (KIVI). `channels` is a file of `memopt calibrate-keys`: static channels instead of each
+    prompt's own.
 
     The prompt is what the first forward brings. Where it comes in several pieces (chunked prefill) or with drafts
     behind it (assisted generation), `prompt_tokens` says how many tokens it has, or `prune()` ends it by hand.
@@ -261,6 +267,7 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
         fold: Fold = "keep",
         evict: int | None = None,
         storage: Storage | None = None,
+        score: Score = "joint",
         channels: Path | str | None = None,
         prompt_tokens: int | None = None,
     ) -> None:
@@ -277,6 +284,7 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
             fold=fold,
             evict=evict,
             storage=storage,
+            score=score,
         )
         layers = DynamicCache(config=text).layers
         pruned = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -391,6 +399,10 @@ def _real_tokens(mask: Tensor | None, tokens: int, batch: int) -> Tensor | None:
     last = mask[:, 0, -1, :tokens]
     real = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
     return None if bool(real.all()) else real.expand(batch, -1)
+
+
+def _mapped(window: Window, change: Callable[[Tensor], Tensor]) -> Window:
+    return Window(query=change(window.query), position=change(window.position), real=change(window.real))
 
 
 def _without_last(window: Window, tokens: int) -> Window:

@@ -1,4 +1,4 @@
-"""Scores of key channels from an offline vLLM engine in this process: stock attention, whole keys, prompts in chunks."""
+"""Scores of key channels from an offline vLLM engine in this process: stock attention, whole keys, chunked prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def score_channels(
     on_window: Callable[[int], None] | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[ModelIdentity, dict[int, Tensor], int]:
-    """The same as memopt.patches.hf_calibrate.score_channels, computed by vLLM. `options`: more of its engine's.
+    """What memopt.patches.hf_calibrate.score_channels gives with score="think", computed by vLLM.
+
+    `options`: more of its engine's.
 
     The engine runs in this process (the layers are watched here) on one device, and lives until the process ends.
 

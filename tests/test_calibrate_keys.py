@@ -22,13 +22,8 @@ from tests.finetune_helpers import Tiny
 from tests.kv_models import sequences, tiny_model
 
 
-def test_scores_are_the_mean_over_windows() -> None:
-    """Against queries and keys caught on their way into a dense attention, one outer product per channel."""
-    model = tiny_model("gemma3")  # one layer of two is scored
-    windows = sequences((20, 31))
-    _, got, tokens = score_channels(model, windows, observation=5)
-    assert tokens == 51 and sorted(got) == [1]
-    assert model.config._attn_implementation == "sdpa"
+def caught_attention(model: Any, windows: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Queries and keys of layer 1 on their way into a dense attention, one pair for every window."""
     caught: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def catch(module: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> Any:
@@ -42,6 +37,17 @@ def test_scores_are_the_mean_over_windows() -> None:
     with torch.no_grad():
         for window in windows:
             model(window[None])
+    return caught
+
+
+def test_scores_are_the_mean_over_windows() -> None:
+    """One outer product per channel."""
+    model = tiny_model("gemma3")  # one layer of two is scored
+    windows = sequences((20, 31))
+    _, got, tokens = score_channels(model, windows, observation=5, score="think")
+    assert tokens == 51 and sorted(got) == [1]
+    assert model.config._attn_implementation == "sdpa"
+    caught = caught_attention(model, windows)
     expected = torch.zeros(2, 24, dtype=torch.float64)
     for query, key in caught:
         for head in range(2):
@@ -50,6 +56,33 @@ def test_scores_are_the_mean_over_windows() -> None:
                 norm = torch.outer(stacked[:, j], key[0, head, :, j]).square().sum()
                 expected[head, j] += norm / 5 / key.shape[2] / 2  # means over queries, tokens and windows
     torch.testing.assert_close(got[1], expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("recent", [6, 100])  # beyond the second no query looks, and all count the same
+def test_joint_scores_are_the_turns_of_a_greedy_choice_over_all_windows(recent: int) -> None:
+    """Every set is tried whole: weighted errors of scores, query by query and window by window."""
+    model = tiny_model("gemma3")
+    windows = sequences((20, 31))
+    _, got, _ = score_channels(model, windows, recent=recent)
+    caught, dim = caught_attention(model, windows), 24
+    scaling = model.model.layers[1].self_attn.scaling
+    for head in range(2):
+        pairs = torch.zeros(dim, dim, dtype=torch.float64)
+        for query, key in caught:
+            keys, tokens = key[0, head].double(), key.shape[2]
+            asked = [(query[0, h, i].double(), i) for h in (2 * head, 2 * head + 1) for i in range(tokens)]
+            shares = [torch.softmax(keys[: i + 1] @ q * scaling, 0)[: max(0, i - recent + 1)].sum() for q, i in asked]
+            if sum(shares) == 0:
+                shares = [torch.ones(())] * len(asked)
+            for (q, _), share in zip(asked, shares, strict=True):
+                parts = keys * q  # what each channel adds to the score of each key
+                pairs += share * parts.T @ parts / tokens**2
+        dropped: list[int] = []
+        for turn in range(dim):
+            left = [j for j in range(dim) if j not in dropped]
+            costs = [pairs[[*dropped, j]][:, [*dropped, j]].sum().item() for j in left]
+            dropped.append(left[costs.index(min(costs))])
+            assert got[1][head, dropped[-1]] == turn
 
 
 def test_the_file_serves_its_model(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

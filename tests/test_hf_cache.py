@@ -61,6 +61,8 @@ def test_pruned_is_the_zero_filled_reference(family: str, attention: str, side: 
     "settings",
     [
         {"value_keep": 0.5, "recent": 5, "observation": 4},
+        {"score": "think", "recent": 5, "observation": 4},
+        {"score": "think", "evict": 20, "recent": 7, "observation": 5},
         {"recent": 0, "observation": 1},
         {"evict": 20, "recent": 7, "observation": 5},
         {"evict": 45, "recent": 7, "observation": 5, "value_keep": 0.5},  # one row is shorter than that

@@ -124,6 +124,7 @@ def watched(layer: ThinLayer, look: Callable[[], None]) -> Any:
         ({"key_keep": 1.5}, "key_keep = 1.5"),
         ({"value_keep": -1.0}, "value_keep = -1.0"),
         ({"observation": 0}, "observation = 0"),
+        ({"score": "best"}, "score = 'best': must be 'joint' or 'think'"),
         ({"recent": -1}, "recent = -1"),
         ({"fold": "drop"}, "fold = 'drop': must be 'keep' or 'prune'"),
         ({"storage": "int2"}, "storage = 'int2'"),

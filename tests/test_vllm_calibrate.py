@@ -61,7 +61,7 @@ def test_scores_are_those_of_transformers_with_prompts_in_chunks(setup: Setup, t
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32).eval()
     for observation, (scores, tokens) in zip((None, 9), torch.load(result), strict=True):
-        _, expected, counted = score_channels(model, windows, observation=observation)
+        _, expected, counted = score_channels(model, windows, observation=observation, score="think")
         assert tokens == counted == sum(map(len, windows))
         assert sorted(scores) == sorted(expected)
         for layer, mean in expected.items():

@@ -47,7 +47,11 @@ def calibrate_keys(
     engine_options: Mapping[str, Any] | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Calibrated:
-    """Average ThinK's channel scores over windows of `data`, choose `keep` of every KV head's channels, write `out`.
+    """Average what channels are worth over windows of `data`, choose `keep` of every KV head's, write `out`.
+
+    With engine "hf" the choice is that of memopt.kv.joint, as in a cache that chooses for each prompt, over all windows
+    together. With engine "vllm" it is by the published score, channel by channel: an engine's chunks show queries and
+    keys, but not what a whole prompt's queries attend to.
 
     The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
     last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`

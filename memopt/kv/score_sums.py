@@ -56,13 +56,13 @@ class MeanScores:
         self._counts: dict[int, int] = {}
 
     def add(self, layer: int, scores: Tensor) -> None:
-        """One prompt's scores (K, D) in one layer."""
+        """One prompt's scores (K, D), or errors of sets (K, D, D), in one layer."""
         one = scores.double()
         self._totals[layer] = self._totals[layer] + one if layer in self._totals else one
         self._counts[layer] = self._counts.get(layer, 0) + 1
 
     def means(self, dtype: torch.dtype) -> dict[int, Tensor]:
-        """By layer, (K, D) float64 on the CPU. `dtype`, the model's, is for the error only.
+        """By layer, in the shape that was added, float64 on the CPU. `dtype`, the model's, is for the error only.
 
         Raises:
             BadInput: no prompt, or scores that are not finite.

@@ -9,6 +9,7 @@ from memopt.errors import BadInput
 
 Fold = Literal["keep", "prune"]
 Storage = Literal["int8", "int4"]
+Score = Literal["joint", "think"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class ThinSettings:
     queries choose. `recent`: the newest tokens that stay whole. `fold`: "keep" leaves all tokens after the prompt whole
     (the paper's), "prune" drops the same channels of them once they are older than `recent`, a block at a time.
     `evict`: tokens of the prompt that survive per KV head (SnapKV), None for all. `storage`: bits of what is stored.
-    `multiple`: counts of channels are rounded up to it.
+    `score`: "joint" asks queries of all of the prompt and chooses channels together (memopt.kv.joint), "think" asks the
+    `observation` and scores each channel alone (the paper's). `multiple`: counts of channels are rounded up to it.
     """
 
     key_keep: float = 0.6
@@ -29,6 +31,7 @@ class ThinSettings:
     fold: Fold = "keep"
     evict: int | None = None
     storage: Storage | None = None
+    score: Score = "joint"
     multiple: int = 8
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class ThinSettings:
             raise BadInput(f"recent = {self.recent}: must not be negative")
         if self.fold not in ("keep", "prune"):
             raise BadInput(f"fold = {self.fold!r}: must be 'keep' or 'prune'")
+        if self.score not in ("joint", "think"):
+            raise BadInput(f"score = {self.score!r}: must be 'joint' or 'think'")
         if self.storage not in (None, "int8", "int4"):
             raise BadInput(f"storage = {self.storage!r}: must be None, 'int8' or 'int4'")
         if self.evict is not None and self.evict <= self.newest:

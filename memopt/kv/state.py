@@ -10,6 +10,7 @@ from torch import Tensor
 from memopt.errors import BadInput
 from memopt.kv.attention import causal_mask, queries_at_once, thin_attention
 from memopt.kv.channels import channel_scores, choose, complement, kept_count, take
+from memopt.kv.joint import drop_order, set_errors
 from memopt.kv.quantized import Along, Codec, QuantizedRows
 from memopt.kv.rows import Rows
 from memopt.kv.settings import ThinSettings
@@ -60,10 +61,12 @@ class ThinState:
         *,
         scaling: float,
         real: Tensor | None = None,  # (B, T) bool, False at padding
+        asked: Window | None = None,  # the queries of score="joint"
         kept: Tensor | None = None,  # (K, C), static channels instead of this prompt's own
     ) -> ThinState:
         """The thin cache of a prompt."""
         value = values.view()
+        whole = key
         valid: Tensor | None = None
         evicted = 0
         tail_real = real
@@ -83,12 +86,19 @@ class ThinState:
         else:
             value_channels = cls._choose_values(settings, window, key, value, real, scaling)
         if kept is None:
-            scores = channel_scores(
-                window.query, key, query_real=window.real, key_real=valid if valid is not None else real
-            )
-            kept = choose(scores, kept_count(key.shape[3], settings.key_keep, multiple=settings.multiple))
+            count = kept_count(key.shape[3], settings.key_keep, multiple=settings.multiple)
+            if asked is None:
+                scores = channel_scores(
+                    window.query, key, query_real=window.real, key_real=valid if valid is not None else real
+                )
+            else:
+                survived = {"pruned": key, "pruned_real": valid} if evicted else {}
+                errors = set_errors(asked, whole, real, scaling=scaling, recent=settings.recent, **survived)
+                scores = drop_order(errors, key.shape[3] - count)
+            kept = choose(scores, count)
         else:
             kept = kept.to(key.device).expand(key.shape[0], -1, -1)
+        del whole
         made = cls(settings, key, value, kept, value_channels)
         made._take_values(values, value_channels)
         del value, values

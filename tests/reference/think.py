@@ -43,6 +43,7 @@ class Plan:
     recent: int = 32
     fold: str = "keep"
     evict: int | None = None
+    score: str = "joint"
     static: dict[int, list[list[int]]] | None = None
     pruned: set[int] | None = None  # None: every layer
     layers: dict[int, Layer] = field(default_factory=dict)
@@ -125,6 +126,11 @@ def _choose(plan: Plan, index: int, query: Tensor, key: Tensor, value: Tensor, s
         alive = key[0, head, survivors]
         if plan.static is not None:
             made.channels.append(plan.static[index][head])
+        elif plan.score == "joint":
+            asking = [query[0, head * groups + g] for g in range(groups)]
+            made.channels.append(
+                jointly_kept(asking, key[0, head], alive, scaling, plan.recent, _count(dim, plan.key_keep))
+            )
         else:
             norms = [
                 sum(torch.outer(window[:, j], alive[:, j]).square().sum().item() for window in stacked)
@@ -135,6 +141,34 @@ def _choose(plan: Plan, index: int, query: Tensor, key: Tensor, value: Tensor, s
         energies = [sum(o[:, j].square().sum().item() for o in outputs) for j in range(value.shape[3])]
         made.value_channels.append(_best(energies, _count(value.shape[3], plan.value_keep)))
     return made
+
+
+def jointly_kept(
+    queries: list[Tensor], key: Tensor, alive: Tensor, scaling: float, recent: int, count: int
+) -> list[int]:
+    """The greedy choice by the definition of its error: queries (T, D) of each head of the group, keys (T, D)."""
+    rows, weights = [], []
+    for asking in queries:
+        scores = asking @ key.T * scaling
+        for i in range(len(asking)):
+            attention = torch.softmax(scores[i, : i + 1], -1)
+            rows.append(asking[i])
+            weights.append(attention[: max(0, i - recent + 1)].sum().item())
+    if sum(weights) == 0:
+        weights = [1.0] * len(weights)
+    stacked, share = torch.stack(rows).double(), torch.tensor(weights, dtype=torch.float64)
+    alive = alive.double()
+
+    def lost(gone: list[int]) -> float:
+        return ((stacked[:, gone] @ alive[:, gone].T).square() * share[:, None]).sum().item()
+
+    kept = list(range(key.shape[1]))
+    gone: list[int] = []
+    while len(kept) > count:
+        least = min(reversed(kept), key=lambda channel: lost([*gone, channel]))
+        gone.append(least)
+        kept.remove(least)
+    return kept
 
 
 def _without_pruned(
