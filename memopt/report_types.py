@@ -273,7 +273,13 @@ class Report:
             raise BadInput(f"{where} is not a memopt report (schema {schema!r}, wanted {SCHEMA!r})")
         if int(version) > SCHEMA_VERSION:
             raise BadInput(f"{where} was written by a newer memopt ({schema}, this one reads {SCHEMA}); upgrade memopt")
-        return decode(cls, data, where)
+        report: Report = decode(cls, data, where)
+        line = report.timeline
+        columns = [line.gpu_bytes, line.dram_bytes, line.ssd_bytes]
+        columns += [column for by in line.categories.values() for column in by.values()]
+        if any(len(column) != len(line.t_s) for column in columns):
+            raise BadInput(f"{where}: timeline: lists of different lengths; the file is damaged or not ours")
+        return report
 
 
 def _plain(value: Any) -> Any:

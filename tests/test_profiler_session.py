@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memopt.profiler.readers import Readers
 from memopt.profiler.session import Session
 from memopt.profiler.thinning import Point, Thinner
 from memopt.units import MiB
@@ -213,6 +214,27 @@ def test_another_process_is_watched_without_this_one_and_may_vanish() -> None:
     with Session(root_pid=2**22 + 1) as nobody:
         pass
     assert nobody.stop().dram_peak_bytes == 0
+
+
+def test_a_dear_look_does_not_leave_the_job_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    enough = threading.Event()
+    looks = 0
+    read = Readers.read
+
+    def dear(self: Readers, t_s: float, *, fresh: bool) -> Point:
+        nonlocal looks
+        looks += 1
+        if looks == 3:  # what the shares of many new processes take: more than the time pays for in a minute
+            began = time.thread_time()
+            while time.thread_time() - began < 0.15:
+                pass
+        elif looks == 8:
+            enough.set()
+        return read(self, t_s, fresh=fresh)
+
+    monkeypatch.setattr(Readers, "read", dear)
+    with Session():
+        assert enough.wait(20), f"{looks} samples"
 
 
 def test_a_step_of_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,13 @@ def test_a_wrong_value_is_named(path: tuple[str, ...], value: object, says: str)
     assert says in str(caught.value)
 
 
+def test_a_time_line_with_lists_of_different_lengths_is_refused() -> None:
+    data = sample_report().to_dict()
+    data["timeline"]["dram_bytes"].pop()
+    with pytest.raises(BadInput, match="timeline: lists of different lengths"):
+        Report.from_dict(data)
+
+
 def test_whole_numbers_are_read_as_seconds() -> None:
     report = Report.from_dict({**sample_report().to_dict(), "wall_s": 3})
     assert report.wall_s == 3.0

@@ -286,7 +286,10 @@ def _gpu_facts(gpu: GpuUse) -> Iterator[str]:
 def _dram_facts(dram: DramUse) -> Iterator[str]:
     yield from _attribution(dram)
     if dram.proportional_bytes is not None:
-        yield f"{format_bytes(dram.proportional_bytes)} with each shared page counted once (PSS less file pages)"
+        yield (
+            f"{format_bytes(dram.proportional_bytes)} with each shared page counted once (PSS less file pages), "
+            "the most of one look a second or fewer"
+        )
     if dram.locked_bytes:
         yield f"{format_bytes(dram.locked_bytes)} locked or pinned at the most, among the above"
     if dram.upper_bound_bytes is not None:

@@ -35,6 +35,9 @@ _USUAL_S, _CALM_TIMES, _CALM_AFTER_S, _GROWTH = 0.02, 5, 2.0, 1.01
 # sample is dear (many processes), and an eighth at the ends of phases. What it may take at once is for short jobs.
 _THREAD_SHARE, _THREAD_FREE_S = 1 / 400, 0.01
 _EDGES_SHARE, _EDGES_FREE_S = 1 / 800, 0.01
+# One dear look, as at the shares of new processes, must not leave the job unseen: a budget is held against each sample.
+# What is dear is spaced out by itself (`Pace`), so that samples this far apart stay cheap.
+_UNSEEN_S = 0.25
 # The end of one phase is the beginning of the next: one sample serves both.
 _SAME_MOMENT_S = 1e-4
 _JOURNAL_POINTS = 6
@@ -54,13 +57,13 @@ class Session:
     """Samples between `start` and `stop`; a context manager; used once.
 
     `watch`: directories whose real size is the SSD tier. `limit_bytes` with `on_over(now_bytes, limit_bytes)`: called
-    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer where sampling
-    would take more than a quarter of one hundredth of a core; None: 0.02 s while memory grows, up to 0.1 s once no tier
-    has grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than that can be missed,
-    which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier and category whose
-    the bytes are now, or None when it cannot tell at this moment; called in the sampling thread and at the ends of
-    phases, along the time line and when a peak grows, so it must be quick and thread-safe; its error ends the session.
-    `attributed_by` names it in the report.
+    once per crossing, in the sampling thread. `interval_s`: between samples, shorter at first, longer (up to 0.25 s)
+    where sampling would take more than a quarter of one hundredth of a core; None: 0.02 s while memory grows, up to
+    0.1 s once no tier has grown by 1 % for two seconds. The tree is listed five times a second. A peak shorter than
+    that can be missed, which is why the kernel's own mark is kept beside the sampled one. `attribution`: says by tier
+    and category whose the bytes are now, or None when it cannot tell at this moment; called in the sampling thread and
+    at the ends of phases, along the time line and when a peak grows, so it must be quick and thread-safe; its error
+    ends the session. `attributed_by` names it in the report.
 
     `root_pid`: watch that process and its descendants instead of this process and its own. `adopted`: watch all
     descendants of this process but not itself (it is the subreaper of what it runs). `group`: the job's own memory
@@ -214,7 +217,7 @@ class Session:
         calm = self._seen.last.t_s - self._seen.grew_s > _CALM_AFTER_S
         longest_s = self._interval_s * (self._calm_times if calm else 1)
         self._pause_s = min(longest_s, self._pause_s * _PAUSE_GROWS)
-        return max(self._pause_s, begun.thread.wait_s(begun.elapsed_s()))
+        return max(self._pause_s, min(_UNSEEN_S, begun.thread.wait_s(begun.elapsed_s())))
 
     def _tick(self, *, fresh: bool = False) -> None:
         begun = self._running()
