@@ -239,12 +239,12 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
     ```
 
     `key_keep` and `value_keep` are shares of a head's channels (rounded up to a multiple of 8). Queries from all of the
-    prompt choose the key channels together (memopt.kv.joint); with score="think", the paper's, only those of the
-    `observation` last prompt tokens, each channel alone. The `recent` newest tokens stay whole. Tokens after the prompt
-    stay whole with fold="keep", or are pruned like the prompt a block at a time with fold="prune". `evict` keeps so
-    many tokens of the prompt per KV head (SnapKV) before the channels are pruned. `storage` "int8" or "int4" codes all
-    but the newest tokens (KIVI). `channels` is a file of `memopt calibrate-keys`: static channels instead of each
-    prompt's own.
+    prompt choose the key channels together (memopt.kv.joint); with score="think", the paper's, only the `observation`
+    last do, each channel alone. Those choose the value channels too. The `recent` newest tokens stay whole. Tokens
+    after the prompt stay whole with fold="keep", or are pruned like the prompt a block at a time with fold="prune".
+    `evict` keeps so many tokens of the prompt per KV head (SnapKV) before the channels are pruned. `storage` "int8" or
+    "int4" codes all but the newest tokens (KIVI). `channels` is a file of `memopt calibrate-keys`: static channels
+    instead of each prompt's own.
 
     The prompt is what the first forward brings. Where it comes in several pieces (chunked prefill) or with drafts
     behind it (assisted generation), `prompt_tokens` says how many tokens it has, or `prune()` ends it by hand.
