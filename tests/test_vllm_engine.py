@@ -80,7 +80,8 @@ def test_recent_window_and_prompts_in_chunks_are_exact(setup: Setup) -> None:
 
 
 def test_a_server_short_of_blocks_frees_requests_and_ends(setup: Setup) -> None:
-    """8 blocks (1 is nobody's) for seven requests of up to 457 tokens: they wait, or are computed again."""
+    """8 blocks (1 is nobody's) for seven requests of up to 457 tokens: they wait for each other. (None is preempted:
+    the scheduler's counter stays at zero here.)"""
     keys = keys_of(setup, 0.625, recent=16, exact_prefill=True)
     found = setup.run(keys, num_gpu_blocks_override=9, max_model_len=512, max_num_batched_tokens=128)
     assert [len(each) for each in found["passes"][0]["tokens"]] == [NEW_TOKENS] * len(setup.prompts())
