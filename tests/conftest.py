@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MKL_CBWR", "AVX2")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
+
+# under nohup or behind a shell's & the tests, and the processes they start, would inherit that these are ignored
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
