@@ -60,9 +60,4 @@ def _write(forecast: Forecast, config: PlanConfig) -> None:
     if config.markdown is not None:
         from memopt.profiler.forecast_render import markdown
 
-        try:
-            atomic.write_text(Path(config.markdown), markdown(forecast))
-        except OSError as error:
-            raise BadInput(
-                f"markdown {config.markdown!r} cannot be written: {error.strerror}; choose another path"
-            ) from error
+        atomic.save_text("markdown", config.markdown, markdown(forecast))

@@ -7,10 +7,20 @@ import os
 import tempfile
 from pathlib import Path
 
+from memopt.errors import BadInput
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step that survives a crash. Raises OSError, leaving what was there."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def save_text(what: str, path: str | Path, text: str) -> None:
+    """`write_text` to where a person asked for it. Raises BadInput, naming `what` it is, when it cannot be written."""
+    try:
+        write_text(Path(path), text)
+    except OSError as error:
+        raise BadInput(f"{what} {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

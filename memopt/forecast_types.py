@@ -122,10 +122,7 @@ class Forecast:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON in one atomic step. Raises BadInput when the path cannot be written."""
-        try:
-            atomic.write_text(Path(path), self.to_json())
-        except OSError as error:
-            raise BadInput(f"plan {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+        atomic.save_text("plan", path, self.to_json())
 
     @staticmethod
     def is_at(path: str | Path) -> bool:

@@ -242,10 +242,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON in one atomic step. Raises BadInput when the path cannot be written."""
-        try:
-            atomic.write_text(Path(path), self.to_json())
-        except OSError as error:
-            raise BadInput(f"report {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+        atomic.save_text("report", path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

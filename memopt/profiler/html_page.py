@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from memopt import atomic
-from memopt.errors import BadInput
 from memopt.profiler.render_grids import (
     Grid,
     bytes_text,
@@ -45,10 +44,7 @@ _KNOWN = {str(category) for category in Category}
 
 def save_html(report: Report, path: str | Path) -> None:
     """Write the page in one atomic step. Raises BadInput when the path cannot be written."""
-    try:
-        atomic.write_text(Path(path), html_page(report))
-    except OSError as error:
-        raise BadInput(f"page {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+    atomic.save_text("page", path, html_page(report))
 
 
 def html_page(report: Report) -> str:

@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 from memopt import atomic
-from memopt.errors import BadInput
 from memopt.profiler.compare import Comparison
 from memopt.profiler.render_grids import (
     Grid,
@@ -30,10 +29,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~!])")
 
 def save_markdown(text: str, path: str | Path) -> None:
     """Write it in one atomic step. Raises BadInput when the path cannot be written."""
-    try:
-        atomic.write_text(Path(path), text)
-    except OSError as error:
-        raise BadInput(f"markdown {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+    atomic.save_text("markdown", path, text)
 
 
 def report_markdown(report: Report) -> str:

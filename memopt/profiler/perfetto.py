@@ -35,10 +35,7 @@ def save_trace(report: Report, path: str | Path, merge: str | Path | None = None
         trace = trace_of(report)
     else:
         trace, notes = merged_trace(report, load_trace(merge), where=f"trace {str(merge)!r}")
-    try:
-        atomic.write_text(Path(path), json.dumps(trace, separators=(",", ":")) + "\n")
-    except OSError as error:
-        raise BadInput(f"trace {str(path)!r} cannot be written: {error.strerror}; choose another path") from error
+    atomic.save_text("trace", path, json.dumps(trace, separators=(",", ":")) + "\n")
     return notes
 
 

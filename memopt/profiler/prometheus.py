@@ -105,12 +105,7 @@ def write(path: Path, text: str) -> None:
     """Replace the file in one step, as the textfile collector needs. Raises BadInput."""
     if path.suffix != _ENDING:
         raise BadInput(f"metrics file {str(path)!r}: the textfile collector reads *{_ENDING} only; name it so")
-    try:
-        atomic.write_text(path, text)
-    except OSError as error:
-        raise BadInput(
-            f"metrics file {str(path)!r} cannot be written: {error.strerror}; choose another path"
-        ) from error
+    atomic.save_text("metrics file", path, text)
 
 
 class FileWriter:
