@@ -19,6 +19,11 @@ from memopt.offload.model import Batch, BlockCall, Entry
 from memopt.offload.trace import returns_tuple
 
 
+def text_config(config: Any) -> Any:
+    """The language model's part of a transformers configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 class HFLayeredModel:
     """Adapter of a transformers causal LM to `memopt.offload.model.LayeredModel`. Undone by dropping it: nothing is
     patched outside a call.

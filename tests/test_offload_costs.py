@@ -68,17 +68,7 @@ def sizes(this: Setup) -> JobSizes:
 
 
 def choice(this: Setup) -> Choice:
-    plan = this.plan
-    return Choice(
-        residence=plan.residence,
-        block_slots=plan.block_slots,
-        head_slots=plan.head_slots,
-        gradient_slots=plan.gradient_slots,
-        head_gradient_slots=plan.head_gradient_slots,
-        ring_buffers=plan.ring_buffers,
-        loss_tokens=plan.loss_tokens,
-        activation_layers_on_ssd=plan.activation_layers_on_ssd,
-    )
+    return Choice.of(this.plan)
 
 
 def measured(this: Setup, steps: Steps, *, save_every: int = 1) -> Traffic:

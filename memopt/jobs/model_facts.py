@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from memopt.errors import BadInput
-from memopt.jobs.offload_facts import offload_job
+from memopt.jobs.offload_facts import offload_job, with_adapters
 from memopt.jobs.trace_memory import trace_step
 from memopt.optim.routing import Routed, route
 from memopt.patches.hf_checkpoint import build_skeleton, load_config
 from memopt.patches.hf_files import TensorFiles, checkpoint_files, hub_trouble, local_directory
-from memopt.patches.hf_model import HFLayeredModel
+from memopt.patches.hf_model import HFLayeredModel, text_config
 from memopt.planning.training_types import Engine, ModelFacts, ParameterFact, StepTrace, TrainingJob, Variant
 
 _RUNTIME_CODE = {
@@ -67,7 +67,7 @@ def read_model_facts(path_or_config: Any) -> ModelFacts:
         stored = _Stored({}, None, None, ())
     key = f"{source} {id(config)}"
     module = build_skeleton(config)
-    text = _text(config)
+    text = text_config(config)
     layered = HFLayeredModel(module)
     heads = int(_first(text, "num_attention_heads", "n_head"))
     hidden = int(_first(text, "hidden_size", "n_embd", "d_model"))
@@ -103,7 +103,7 @@ def prepare(job: TrainingJob) -> TrainingJob:
     if all(trace.variant != job.variant for trace in facts.traces):
         facts = replace(facts, traces=(*facts.traces, _trace(facts, job.variant)))
     engine = job.engine in ("cpu-offload", "ssd")
-    return replace(job, facts=facts, offload=offload_job(job, _config(facts)) if engine else None)
+    return replace(job, facts=facts, offload=offload_job(job, config_of(facts)) if engine else None)
 
 
 def measure_runtime(engine: Engine = "memory") -> int:
@@ -159,7 +159,7 @@ def _routed(module: nn.Module) -> list[Routed]:
 
 
 def _trace(facts: ModelFacts, variant: Variant) -> StepTrace:
-    module = variant_module(_config(facts), variant)
+    module = variant_module(config_of(facts), variant)
     parameters = parameter_facts(module)
     traced = trace_step(module, variant, facts.sliding_window)
     return StepTrace(
@@ -178,28 +178,14 @@ def variant_module(config: Any, variant: Variant) -> nn.Module:
     module = build_skeleton(config, attn_implementation=variant.attention, dtype=dtype)
     if variant.lora_rank is None:
         return module
-    from memopt.patches.hf_lora import adapt
-
-    name: Any = getattr(module, "name_or_path", None) or None  # what peft compares with
-    adapted = adapt(
-        module,
-        rank=variant.lora_rank,
-        alpha=float(variant.lora_rank),
-        dropout=0.0,
-        target_modules=variant.lora_targets,
-        base_name=name,
-    )
-    return adapted.module
+    return with_adapters(module, variant.lora_rank, variant.lora_targets).module
 
 
-def _config(facts: ModelFacts) -> Any:
+def config_of(facts: ModelFacts) -> Any:
+    """The transformers configuration that these are the facts of."""
     if facts.key not in _CONFIGS:
         _CONFIGS[facts.key] = load_config(facts.source, weights=False)
     return _CONFIGS[facts.key]
-
-
-def _text(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 _MISSING = object()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from memopt.jobs.config import OPTIMIZER_OPTIONS, FinetuneConfig
 from memopt.jobs.model_costs import model_costs
 from memopt.jobs.model_layout import model_layout
-from memopt.jobs.preparation import planned_runtime
+from memopt.jobs.preparation import planned_runtime, update_threads
 from memopt.jobs.rules import update_rules
 from memopt.offload.costs import JobSizes
 from memopt.offload.layout import Layout
@@ -17,6 +19,9 @@ from memopt.patches.hf_checkpoint import build_skeleton, decay_names
 from memopt.patches.hf_model import HFLayeredModel
 from memopt.planning.finetune import FinetuneJob
 from memopt.planning.training_types import TrainingJob
+
+if TYPE_CHECKING:
+    from memopt.patches.hf_lora import Adapted
 
 _SETTINGS = {"scale": "proj_scale", "state_dtype": "optim_state_dtype"}
 """What a configuration calls an option of an optimizer, where it has another name."""
@@ -35,35 +40,21 @@ def offload_job(job: TrainingJob, hf_config: Any) -> FinetuneJob:
         model=job.facts.source, method=job.method, optimizer=job.optimizer, max_grad_norm=job.max_grad_norm, **settings
     )
     if job.method == "lora":
-        from memopt.patches.hf_lora import adapt
-
-        name: Any = getattr(module, "name_or_path", None) or None  # what peft compares with
-        adapted = adapt(
-            module,
-            rank=job.lora_rank,
-            alpha=float(job.lora_rank),
-            dropout=0.0,
-            target_modules=job.lora_targets,
-            base_name=name,
-        )
+        adapted = with_adapters(module, job.lora_rank, job.lora_targets)
         stored = dtypes
         dtypes = {n: stored[adapted.base(n)] for n, p in adapted.module.named_parameters() if not p.requires_grad}
         module, decay = adapted.module, decay_names(adapted.module)
     layered = HFLayeredModel(module)
     rules = update_rules(config, module)
-    layouts: dict[int, Layout] = {}
 
+    @functools.cache
     def layout_of(tile_rows: int) -> Layout:
-        if tile_rows not in layouts:
-            layouts[tile_rows] = model_layout(layered, decay=decay, dtypes=dtypes, rules=rules.of, tile_rows=tile_rows)
-        return layouts[tile_rows]
+        return model_layout(layered, decay=decay, dtypes=dtypes, rules=rules.of, tile_rows=tile_rows)
 
     costs = model_costs(layered, layout_of(10**9), _micro(job), compute)
     tables = (layered.embedding.weight, layered.head.weight)
     width = max(int(t.shape[1]) for t in tables)
     on_gpu = job.device == "cuda"
-    threads = torch.get_num_threads()
-    alone = not on_gpu and not any(rule.whole for rule in rules.of.values())
     return FinetuneJob(
         sizes=JobSizes(
             clips=job.max_grad_norm > 0,
@@ -82,9 +73,17 @@ def offload_job(job: TrainingJob, hf_config: Any) -> FinetuneJob:
         steps=job.steps,
         offload=job.engine == "ssd",
         save_every=job.save_every,
-        compute_threads=threads,
-        update_threads=1 if alone else threads,
+        compute_threads=torch.get_num_threads(),
+        update_threads=update_threads(rules, on_gpu=on_gpu),
     )
+
+
+def with_adapters(module: nn.Module, rank: int, targets: tuple[str, ...] | None) -> Adapted:
+    """A skeleton with the adapters of a plan, which asks for shapes only. Raises BadInput."""
+    from memopt.patches.hf_lora import adapt
+
+    name: Any = getattr(module, "name_or_path", None) or None  # what peft compares with
+    return adapt(module, rank=rank, alpha=float(rank), dropout=0.0, target_modules=targets, base_name=name)
 
 
 def _micro(job: TrainingJob) -> dict[str, torch.Tensor]:

@@ -12,10 +12,9 @@ from memopt.budget import Budget
 from memopt.errors import BadInput
 from memopt.forecast_types import Forecast
 from memopt.jobs.cache_facts import read_cache_facts
-from memopt.jobs.model_facts import prepare, read_model_facts
+from memopt.jobs.model_facts import config_of, prepare, read_model_facts
 from memopt.jobs.plan_config import PlanConfig
 from memopt.machine import Machine
-from memopt.patches.hf_checkpoint import load_config
 from memopt.planning.advice import advise, inference_knobs, training_knobs
 from memopt.planning.forecasts import inference_forecast, training_forecast, with_config
 from memopt.planning.inference_types import InferenceJob
@@ -165,7 +164,7 @@ def _facts(model: str) -> tuple[ModelFacts, Any]:
         config = _config_file(path)
         return replace(read_model_facts(config), source=_name(path)), config
     facts = read_model_facts(model)
-    return facts, load_config(model, weights=False)
+    return facts, config_of(facts)
 
 
 def _config_file(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import os
@@ -21,6 +22,7 @@ from memopt.jobs.model_costs import ModelCosts, model_costs
 from memopt.jobs.model_layout import layout_digest
 from memopt.jobs.opened_model import OpenedModel, open_model
 from memopt.jobs.progress import Progress
+from memopt.jobs.rules import Rules
 from memopt.jobs.steps import GivenSteps, PackedSteps, Steps
 from memopt.offload.costs import JobSizes
 from memopt.offload.heap import settle_heap, trim_heap
@@ -45,6 +47,13 @@ def planned_runtime(charged_bytes: int) -> int:
     `memopt plan` predicts, and a smallest budget that was stated is mostly enough for the process that gets it.
     """
     return -(-(charged_bytes + RUNTIME_GROWTH_BYTES) // _RUNTIME_STEP_BYTES) * _RUNTIME_STEP_BYTES
+
+
+def update_threads(rules: Rules, *, on_gpu: bool) -> int:
+    """Threads of the optimizer: one keeps up with element-wise updates beside a CPU's computation; Newton-Schulz takes
+    more work than a step of few tokens."""
+    alone = not on_gpu and not any(rule.whole for rule in rules.of.values())
+    return 1 if alone else torch.get_num_threads()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,26 +128,16 @@ class Prepared:
             calls_bytes=self.costs.calls_bytes * micro_batches,
             runtime_bytes=planned_runtime(memory.charged_bytes if memory else 0),
         )
-        layouts: dict[int, Layout] = {}
-
-        def layout_of(tile_rows: int) -> Layout:
-            if tile_rows not in layouts:
-                layouts[tile_rows] = self.model.layout(tile_rows)
-            return layouts[tile_rows]
-
-        threads = torch.get_num_threads()
-        # one thread keeps up with element-wise updates; Newton-Schulz takes more work than a step of few tokens
-        alone = not sizes.on_gpu and not any(rule.whole for rule in self.model.rules.of.values())
         return FinetuneJob(
             sizes=sizes,
-            layout_of=layout_of,
+            layout_of=functools.cache(self.model.layout),
             rows=rows,
             row_bytes=4 * width,
             steps=self.steps.total,
             offload=offload,
             save_every=self.config.save_every,
-            compute_threads=threads,
-            update_threads=1 if alone else threads,
+            compute_threads=torch.get_num_threads(),
+            update_threads=update_threads(self.model.rules, on_gpu=sizes.on_gpu),
             kept=kept,
         )
 

@@ -23,7 +23,7 @@ from memopt.errors import BadInput
 from memopt.offload.model import first
 from memopt.offload.trace import LiveBytes
 from memopt.patches.hf_masks import whole_sequences
-from memopt.patches.hf_model import HFLayeredModel
+from memopt.patches.hf_model import HFLayeredModel, text_config
 from memopt.planning.training_types import Curve, Moment, Pass, Segment, Variant
 
 _BATCHES = (2, 3)
@@ -99,7 +99,7 @@ def _passes(model: HFLayeredModel, variant: Variant, size: tuple[int, int], *, l
 
 def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
     """The kind of every block, and which blocks stand for the kinds: first, second, last, and those between."""
-    types = getattr(_text_config(model.module), "layer_types", None)
+    types = getattr(text_config(model.module.config), "layer_types", None)
     chosen: list[int] = []
     number: dict[Any, int] = {}
     kinds = []
@@ -116,18 +116,13 @@ def _kinds(model: HFLayeredModel) -> tuple[tuple[int, ...], list[int]]:
     return tuple(kinds), chosen
 
 
-def _text_config(module: nn.Module) -> Any:
-    config: Any = module.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _cut(model: HFLayeredModel, chosen: Sequence[int]) -> None:
     """Leave only some blocks in the model."""
     parent, _, name = model.blocks_path.rpartition(".")
     blocks = [model.blocks[index] for index in chosen]
     setattr(model.module.get_submodule(parent), name, nn.ModuleList(blocks))
     model.blocks = blocks
-    config = _text_config(model.module)
+    config = text_config(model.module.config)
     types = getattr(config, "layer_types", None)
     if types:
         config.layer_types = [types[index] for index in chosen]

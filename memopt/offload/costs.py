@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -12,7 +12,7 @@ from memopt.offload.gradients import held_units
 from memopt.offload.layout import CHUNK, Layout, Unit, UnitKind
 from memopt.offload.rows import BOUNCE_BYTES, row_bytes
 from memopt.offload.updater import ring_bytes, update_scratch_bytes
-from memopt.plan_types import Residence
+from memopt.plan_types import Plan, Residence
 from memopt.tiers import Category, Tier
 
 _LOGIT_COPIES = 3
@@ -51,6 +51,11 @@ class Choice:
     ring_buffers: int = 2
     loss_tokens: int = 16
     activation_layers_on_ssd: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan) -> Choice:
+        """What a plan chose."""
+        return cls(**{each.name: getattr(plan, each.name) for each in fields(cls)})
 
 
 def memory(job: JobSizes, layout: Layout, choice: Choice) -> dict[Tier, dict[Category, int]]:

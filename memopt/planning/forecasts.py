@@ -14,7 +14,7 @@ from memopt.planning.inference import cache_bytes, decode_work, inference_phases
 from memopt.planning.inference_types import InferenceJob, thin_layer
 from memopt.planning.timing import MATRIX_SHARE, Work, missing_speeds, step_time
 from memopt.planning.training import training_flops, training_phases, training_traffic
-from memopt.planning.training_types import TrainingJob, TrainingTraffic
+from memopt.planning.training_types import TrainingFlops, TrainingJob, TrainingTraffic
 from memopt.tiers import Category, Tier
 from memopt.units import format_bytes
 
@@ -49,7 +49,7 @@ def training_forecast(job: TrainingJob, machine: Machine, budget: Budget) -> For
     placed, phases = _placed(replace(job, budget=budget, machine=machine))
     traffic, flops = training_traffic(placed), training_flops(placed)
     dtype = job.autocast or job.weights_dtype
-    work = _training_work(placed, phases, traffic)
+    work = _training_work(placed, phases, traffic, flops)
     time = step_time(work, machine, device=job.device, dtype=dtype)
     passes = {"forward": flops.forward, "backward": flops.backward + flops.recomputed}
     if job.engine == "memory":
@@ -150,8 +150,9 @@ def _placed(job: TrainingJob) -> tuple[TrainingJob, tuple[PhaseForecast, ...]]:
     return job, training_phases(job)
 
 
-def _training_work(job: TrainingJob, phases: tuple[PhaseForecast, ...], traffic: TrainingTraffic) -> Work:
-    flops = training_flops(job)
+def _training_work(
+    job: TrainingJob, phases: tuple[PhaseForecast, ...], traffic: TrainingTraffic, flops: TrainingFlops
+) -> Work:
     use = next((phase.use for phase in phases if phase.name == "optimizer"), {})
     streamed = traffic.ssd_read_bytes + traffic.ssd_write_bytes
     on_host = job.device == "cuda" and job.engine != "memory" and str(Category.OPTIMIZER) not in use.get("gpu", {})

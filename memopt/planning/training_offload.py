@@ -64,17 +64,7 @@ def _own(job: TrainingJob) -> FinetuneJob:
 
 def _settled(job: TrainingJob) -> tuple[Plan, Layout, Choice]:
     plan = planned(job)
-    choice = Choice(
-        residence=plan.residence,
-        block_slots=plan.block_slots,
-        head_slots=plan.head_slots,
-        gradient_slots=plan.gradient_slots,
-        head_gradient_slots=plan.head_gradient_slots,
-        ring_buffers=plan.ring_buffers,
-        loss_tokens=plan.loss_tokens,
-        activation_layers_on_ssd=plan.activation_layers_on_ssd,
-    )
-    return plan, _own(job).layout_of(plan.tile_rows), choice
+    return plan, _own(job).layout_of(plan.tile_rows), Choice.of(plan)
 
 
 def _space(own: FinetuneJob, layout: Layout, choice: Choice) -> dict[Category, int]:

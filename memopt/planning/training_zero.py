@@ -37,28 +37,22 @@ def phases(job: TrainingJob) -> dict[str, Use]:
     bucket = _HALF * min(zero.reduce_bucket_size, params)
     gpu = {Category.WEIGHTS: gathered, Category.BUFFERS: bucket, Category.RUNTIME: job.gpu_runtime_bytes}
     dram = {Category.RUNTIME: zero.gpus * (job.runtime_bytes + allocators.CUDA_HOST_BYTES)}
-    ssd: dict[Category, int] = {}
-    _place_parameters(zero, share, largest, gpu, dram, ssd)
-    _place_states(zero, share, largest, gpu, dram, ssd)
+    use: Use = {Tier.GPU: gpu, Tier.DRAM: dram, Tier.SSD: {}}
+    _place_parameters(zero, share, largest, use)
+    _place_states(zero, share, largest, use)
     found: dict[str, Use] = {}
     for name, (total, own) in (("forward", peaks.forward), ("backward", peaks.backward)):
-        found[name] = {Tier.GPU: {**gpu, Category.ACTIVATIONS: total - own}, Tier.DRAM: dram, Tier.SSD: ssd}
-    found["load"] = found["optimizer"] = {Tier.GPU: gpu, Tier.DRAM: dram, Tier.SSD: ssd}
+        found[name] = {**use, Tier.GPU: {**gpu, Category.ACTIVATIONS: total - own}}
+    found["load"] = found["optimizer"] = use
     if job.save:
         # stage3_gather_16bit_weights_on_model_save: the whole model in bfloat16 on one process
         saved = {**dram, Category.WEIGHTS: dram.get(Category.WEIGHTS, 0) + _HALF * params}
-        found["save"] = {Tier.GPU: gpu, Tier.DRAM: saved, Tier.SSD: ssd}
+        found["save"] = {**use, Tier.DRAM: saved}
     return found
 
 
-def _place_parameters(
-    zero: ZeroSettings,
-    share: int,
-    largest: int,
-    gpu: dict[Category, int],
-    dram: dict[Category, int],
-    ssd: dict[Category, int],
-) -> None:
+def _place_parameters(zero: ZeroSettings, share: int, largest: int, use: Use) -> None:
+    gpu, dram, ssd = use[Tier.GPU], use[Tier.DRAM], use[Tier.SSD]
     if zero.offload_param == "none":
         gpu[Category.WEIGHTS] += _HALF * share
     elif zero.offload_param == "cpu":
@@ -69,14 +63,8 @@ def _place_parameters(
         _add(ssd, Category.WEIGHTS, _HALF * share * zero.gpus)
 
 
-def _place_states(
-    zero: ZeroSettings,
-    share: int,
-    largest: int,
-    gpu: dict[Category, int],
-    dram: dict[Category, int],
-    ssd: dict[Category, int],
-) -> None:
+def _place_states(zero: ZeroSettings, share: int, largest: int, use: Use) -> None:
+    gpu, dram, ssd = use[Tier.GPU], use[Tier.DRAM], use[Tier.SSD]
     if zero.offload_optimizer == "none":
         _add(gpu, Category.OPTIMIZER, _STATES * _FULL * share)
         _add(gpu, Category.GRADIENTS, _HALF * share)
