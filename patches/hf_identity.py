@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from memopt.errors import BadInput
 from memopt.kv.channel_file import ModelIdentity
+from memopt.patches.hf_files import stored_embedding
 
 _SAMPLE_ROWS = 64
 
@@ -45,6 +47,12 @@ def weights_digest(embedding: Tensor) -> str:
     """
     sample = embedding.detach()[:_SAMPLE_ROWS].to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
     return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def stored_digest(directory: Path) -> str:
+    """`weights_digest` of a checkpoint's embedding; "" where it has none of a known name."""
+    embedding = stored_embedding(directory)
+    return "" if embedding is None else weights_digest(embedding)
 
 
 def _rope_theta(config: Any) -> float:

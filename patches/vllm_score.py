@@ -13,8 +13,7 @@ from torch import Tensor
 
 from memopt.errors import BadInput
 from memopt.kv.channel_file import ModelIdentity
-from memopt.patches.hf_files import stored_embedding
-from memopt.patches.hf_identity import identity_of, weights_digest
+from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_calibrate import Recorder, watch
 
 _AT_ONCE = 8
@@ -78,9 +77,7 @@ def score_channels(
     means = recorder.means()
     if recorder.tokens != tokens:
         raise BadInput(f"{recorder.tokens} of {tokens} tokens were seen in vLLM's attention; calibrate with engine hf")
-    embedding = stored_embedding(model)
-    digest = "" if embedding is None else weights_digest(embedding)
-    return identity_of(config, weights=digest), means, tokens
+    return identity_of(config, weights=stored_digest(model)), means, tokens
 
 
 @contextlib.contextmanager

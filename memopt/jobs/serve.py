@@ -21,8 +21,8 @@ from typing import Any
 from memopt.errors import BadInput, MemoptError
 from memopt.kv.channel_file import ChannelSets, check_same_model
 from memopt.patches.hf_checkpoint import load_config
-from memopt.patches.hf_files import checkpoint_files, resolve_checkpoint, stored_embedding
-from memopt.patches.hf_identity import identity_of, weights_digest
+from memopt.patches.hf_files import checkpoint_files, resolve_checkpoint
+from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_channels import sets_of
 from memopt.patches.vllm_config import RECEIPT, VARIABLES, ThinKeys
 from memopt.patches.vllm_guard import Receipt
@@ -270,10 +270,7 @@ def _check_port(request: ServeRequest) -> None:
 
 def _digest(directory: Path, sets: ChannelSets) -> str:
     """The model's own digest where the file has one to compare with."""
-    if not sets.model.weights:
-        return ""
-    embedding = stored_embedding(directory)
-    return "" if embedding is None else weights_digest(embedding)
+    return stored_digest(directory) if sets.model.weights else ""
 
 
 def _kv_bytes(request: ServeRequest) -> int | None:

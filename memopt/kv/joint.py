@@ -19,8 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from memopt.kv.channels import last_real
-from memopt.kv.window import Window, window_weights
+from memopt.kv.window import Window, continued, window_weights
 
 ASKED = 256
 """At most so many queries of a prompt are asked: their attention costs 2 · ASKED / T of the prompt's own."""
@@ -35,14 +34,8 @@ def observe_spread(query: Tensor, real: Tensor | None, start: int, count: int, p
     ones however the prompt came in, and wherever its padding stands. `start` is the position of the first new query;
     `real` (B, Q) tells padding, None that there is none.
     """
-    batch, _, new, _ = query.shape
-    position = torch.arange(start, start + new, device=query.device).expand(batch, -1)
-    if real is None:
-        real = torch.ones(batch, new, dtype=torch.bool, device=query.device)
-    if past is not None:
-        query = torch.cat([past.query, query], 2)
-        position = torch.cat([past.position, position], 1)
-        real = torch.cat([past.real, real], 1)
+    whole = continued(query, real, start, past)
+    position, real = whole.position, whole.real
     # the first real token is a multiple of every step, so `past` still has it
     first = position.masked_fill(~real, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
     rank = (position - first) * real
@@ -51,9 +44,7 @@ def observe_spread(query: Tensor, real: Tensor | None, start: int, count: int, p
     while bool((length > step * count).any()):
         step = torch.where(length > step * count, step * 2, step)
     wanted = real & (rank % step == 0)
-    chosen = last_real(wanted, int(wanted.sum(1).amax().clamp(min=1)))
-    index = chosen[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    return Window(query=query.gather(2, index), position=position.gather(1, chosen), real=wanted.gather(1, chosen))
+    return whole.last(wanted, int(wanted.sum(1).amax().clamp(min=1)))
 
 
 def far_attention(asked: Window, key: Tensor, real: Tensor | None, scaling: float, recent: int, head: int) -> Tensor:

@@ -28,11 +28,18 @@ class Window:
         """Everything that holds memory."""
         return [self.query, self.position, self.real]
 
+    def last(self, real: Tensor, count: int) -> Window:
+        """The last `count` queries of each row that are `real` (B, W), in order; a row with fewer has padding too."""
+        chosen = last_real(real, count)
+        index = chosen[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
+        query, position = self.query.gather(2, index), self.position.gather(1, chosen)
+        return Window(query=query, position=position, real=real.gather(1, chosen))
 
-def observe(query: Tensor, real: Tensor | None, start: int, count: int, past: Window | None = None) -> Window:
-    """The last `count` real queries of each row, out of `past` and the new `query` (B, H, Q, D).
 
-    `start` is the position of the first new query; `real` (B, Q) tells padding, None that there is none.
+def continued(query: Tensor, real: Tensor | None, start: int, past: Window | None) -> Window:
+    """All queries of `past`, then the new `query` (B, H, Q, D), whose first is at position `start`.
+
+    `real` (B, Q) tells padding, None that there is none.
     """
     batch, _, new, _ = query.shape
     position = torch.arange(start, start + new, device=query.device).expand(batch, -1)
@@ -42,9 +49,16 @@ def observe(query: Tensor, real: Tensor | None, start: int, count: int, past: Wi
         query = torch.cat([past.query, query], 2)
         position = torch.cat([past.position, position], 1)
         real = torch.cat([past.real, real], 1)
-    chosen = last_real(real, count)
-    index = chosen[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    return Window(query=query.gather(2, index), position=position.gather(1, chosen), real=real.gather(1, chosen))
+    return Window(query=query, position=position, real=real)
+
+
+def observe(query: Tensor, real: Tensor | None, start: int, count: int, past: Window | None = None) -> Window:
+    """The last `count` real queries of each row, out of `past` and the new `query` (B, H, Q, D).
+
+    `start` is the position of the first new query; `real` (B, Q) tells padding, None that there is none.
+    """
+    whole = continued(query, real, start, past)
+    return whole.last(whole.real, count)
 
 
 def window_weights(window: Window, key: Tensor, real: Tensor | None, scaling: float, head: int) -> Tensor:
