@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memopt.errors import BadInput
+from memopt.offload.trace import LiveBytes
 from memopt.planning.inference_types import CacheFacts, CacheLayer
 from memopt.planning.training_types import Curve, DType
 
@@ -135,7 +134,7 @@ def _parabola(model: nn.Module, batch: int) -> tuple[float, float, float]:
     peaks = []
     for tokens in _LENGTHS:
         ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-        with torch.no_grad(), _MetaBytes() as live:
+        with torch.no_grad(), LiveBytes(meta=True) as live:
             base(input_ids=ids, use_cache=False)
         peaks.append(live.peak)
     (x0, x1, x2), (y0, y1, y2) = _LENGTHS, peaks
@@ -156,44 +155,6 @@ def _active_share(config: Any) -> float:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     total = next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), None)
     return min(1.0, chosen / total) if isinstance(chosen, int) and total else 1.0
-
-
-class _MetaBytes(TorchDispatchMode):
-    """Counts the bytes that storages made by operations would take while they are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = {_key(t) for t in _tensors((args, kwargs))}
-        out = func(*args, **kwargs)
-        for t in _tensors(out):
-            if (key := _key(t)) not in inputs and key not in self._seen:
-                self._watch(key, t.untyped_storage())
-        return out
-
-    def _watch(self, key: int, storage: torch.UntypedStorage) -> None:
-        nbytes = storage.nbytes()
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-        self._seen.add(key)
-
-        def gone() -> None:
-            self._seen.discard(key)
-            self.now -= nbytes
-
-        weakref.finalize(storage, gone).atexit = False
-
-
-def _key(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 @contextmanager

@@ -9,7 +9,6 @@ polynomial of batch and length (`Curve`); a model of any depth is put together f
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memopt.errors import BadInput
 from memopt.offload.model import first
-from memopt.offload.trace import LiveBytes
+from memopt.offload.trace import LiveBytes, quiet
 from memopt.patches.hf_masks import whole_sequences
 from memopt.patches.hf_model import HFLayeredModel, text_config
 from memopt.planning.training_types import Curve, Moment, Pass, Segment, Variant
@@ -85,7 +84,7 @@ def _followed(
 
 def _passes(model: HFLayeredModel, variant: Variant, size: tuple[int, int], *, later: bool) -> list[list[_Samples]]:
     try:
-        with _quiet(), whole_sequences():
+        with quiet("transformers"), whole_sequences():
             return _Run(model, variant, *size).passes(2 if later else 1)
     except BadInput:
         raise
@@ -360,17 +359,3 @@ def _undominated(curves: Any, gradients: Sequence[int]) -> Iterator[Moment]:
 def _numbers(c: Any) -> tuple[float, float, float, float, float, float]:
     a = [float(x) + 0.0 for x in c]
     return (a[0], a[1], a[2], a[3], a[4], a[5])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Fake tensors log every operator they cannot follow, with a traceback; the exception says as much."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -52,7 +52,7 @@ class _FakeRun:
 
 def returns_tuple(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> bool:
     """Whether a block returns (hidden, ...) rather than hidden."""
-    with _quiet(), FakeTensorMode() as mode, torch.no_grad():
+    with quiet(), FakeTensorMode() as mode, torch.no_grad():
         # bfloat16: the one dtype every operator has a shape rule for (grouped matrix products of MoE blocks)
         run = _FakeRun(mode, block, call, torch.bfloat16)
         return isinstance(run(torch.empty(hidden.shape, dtype=torch.bfloat16, device="cpu")), tuple)
@@ -74,7 +74,7 @@ def trace_block(block: nn.Module, hidden: torch.Tensor, call: BlockCall, dtype: 
 
 
 def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall, dtype: torch.dtype) -> BlockTrace:
-    with _quiet(), FakeTensorMode() as mode:
+    with quiet(), FakeTensorMode() as mode:
         run = _FakeRun(mode, block, call, dtype)
         entry = torch.empty(hidden.shape, dtype=dtype, device="cpu")
         with LiveBytes() as live, torch.no_grad():
@@ -90,10 +90,14 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall, dtype: torch
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that are still alive."""
+    """Counts the bytes of storages that operations made and that are still alive.
 
-    def __init__(self) -> None:
+    `meta`: of tensors on meta too, as if they took any.
+    """
+
+    def __init__(self, *, meta: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._meta = meta
         self.now = self.peak = 0
         self._seen: dict[int, Any] = {}
 
@@ -103,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
             func = _grouped_mm
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
-            if (key := _storage_key(t)) not in inputs and key not in self._seen and not t.is_meta:
+            if (key := _storage_key(t)) not in inputs and key not in self._seen and (self._meta or not t.is_meta):
                 self._watch(key, t)
         return out
 
@@ -141,12 +145,15 @@ def _drop_grad(p: torch.Tensor) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Fake tensors log every operator they cannot follow, with a traceback; the exception says as much."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def quiet(*names: str) -> Iterator[None]:
+    """Fake tensors log every operator they cannot follow, with a traceback; the exception says as much. `names`: other
+    loggers that shall say nothing meanwhile."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", *names)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
