@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from memopt.errors import BadInput
 from memopt.units import parse_share
 
 _DOC = (
@@ -47,8 +46,6 @@ def _profile(
 ) -> None:
     from memopt.jobs.profile import ProfileConfig, profile
 
-    if on_over not in ("warn", "stop"):
-        raise BadInput(f"--on-over {on_over}: write warn or stop")
     config = ProfileConfig(
         command=tuple(command or ()),
         dram=dram,
@@ -58,7 +55,7 @@ def _profile(
         watch=tuple(watch or ()),
         report=report,
         enforce=enforce,
-        on_over="stop" if on_over == "stop" else "warn",
+        on_over=on_over,  # type: ignore[arg-type]  # checked there
         interval_s=interval,
         plan=plan,
         tolerance=None if tolerance is None else parse_share(tolerance, field="--tolerance"),

@@ -10,22 +10,23 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from memopt.budget import Budget
 from memopt.errors import BadInput, OverBudget
+from memopt.patches.hf_callback import LoggingCallback
+from memopt.profiler.over import OnOver
 from memopt.profiler.program import Profiler
 from memopt.report_types import Report
 from memopt.tiers import Category, Tier
 
-OnOver = Literal["warn", "raise", "stop"]
 _CUT_SHORT = "training ended without the Trainer saying so (an error, or an interruption)"
 
 
-class ProfilerCallback(TrainerCallback):
+class ProfilerCallback(LoggingCallback):
     """Measures from the beginning of training to its end; every call of `train` is a run of its own.
 
     Logs `memopt/dram_bytes`, `memopt/dram_peak_bytes`, `memopt/dram/weights_bytes` and the like with each training
@@ -48,8 +49,8 @@ class ProfilerCallback(TrainerCallback):
         interval_s: float | None = None,
         activations: bool = True,
     ) -> None:
-        if on_over not in ("warn", "raise", "stop"):
-            raise BadInput(f"on_over {on_over!r} is not one of warn, raise, stop")
+        if on_over not in get_args(OnOver):
+            raise BadInput(f"on_over {on_over!r} is not one of {', '.join(get_args(OnOver))}")
         self._path = None if report is None else Path(report)
         self._on_over = on_over
         self._watch_dirs = list(watch_dirs)
@@ -152,22 +153,6 @@ class ProfilerCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A checkpoint has been written."""
         self._end_phase()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add our numbers to what is logged, and to the history that has already been written."""
-        if self.profiler is None or logs is None or "loss" not in logs:
-            return
-        extra = self.numbers()
-        logs.update(extra)
-        if state.log_history:
-            state.log_history[-1].update(extra)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the report, and take the hooks away."""

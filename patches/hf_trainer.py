@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from memopt.errors import BadInput
 from memopt.optim.layerwise import Clipping, Layerwise
 from memopt.optim.optimizer import Optimizer
 from memopt.optim.sharding import whole
 from memopt.optim.spectrum import spectrum
+from memopt.patches.hf_callback import LoggingCallback
 from memopt.tiers import Tier
 
 _MIB = 2**20
 
 
-class OptimizerCallback(TrainerCallback):
+class OptimizerCallback(LoggingCallback):
     """Logs state bytes, budgets and skipped steps at logging steps; runs the layer-wise update; logs spectra."""
 
     def __init__(self, trainer: Trainer, *, clipping: Clipping | None, max_norm: float, spectra: bool) -> None:
@@ -53,22 +54,6 @@ class OptimizerCallback(TrainerCallback):
                 max_norm=self._max_norm,
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add our numbers to what is logged, and to the history that has already been written."""
-        if self.optimizer is None or logs is None or "loss" not in logs:
-            return
-        extra = self.numbers()
-        logs.update(extra)
-        if state.log_history:
-            state.log_history[-1].update(extra)
-
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the hooks off the parameters."""
         if self.layerwise is not None:
@@ -77,7 +62,8 @@ class OptimizerCallback(TrainerCallback):
 
     def numbers(self) -> dict[str, float]:
         """What is added to a log entry; bytes in MiB."""
-        assert self.optimizer is not None
+        if self.optimizer is None:
+            return {}
         out: dict[str, float] = {"optimizer_state_mib": self.optimizer.state_bytes() / _MIB}
         ledger = self.optimizer.ledger
         for tier in (Tier.GPU, Tier.DRAM):

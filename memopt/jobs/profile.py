@@ -22,8 +22,9 @@ from memopt.ledger import Ledger
 from memopt.profiler.assemble import Story, assemble
 from memopt.profiler.journal import Journal
 from memopt.profiler.measured import Measured
+from memopt.profiler.render_grids import tiers_of
 from memopt.profiler.session import Session
-from memopt.report_types import ChildUse, Report, TierUse
+from memopt.report_types import ChildUse, Report
 from memopt.units import format_bytes, format_s
 
 OnOver = Literal["warn", "stop"]
@@ -251,7 +252,7 @@ def overs(report: Report) -> list[str]:
     """A sentence for each budget that was passed."""
     found = [
         f"over budget: {name} peak {format_bytes(use.peak_bytes or 0)} of {format_bytes(use.budget_bytes or 0)}"
-        for name, use in _tiers(report)
+        for name, use in tiers_of(report)
         if use.within is False
     ]
     ssd = report.tiers.ssd
@@ -277,7 +278,7 @@ def misses(report: Report, tolerance: float | None) -> list[str]:
     if tolerance is None:
         return []
     found = []
-    for name, use in _tiers(report):
+    for name, use in tiers_of(report):
         if not use.predicted_bytes or use.peak_bytes is None:
             continue
         error = use.peak_bytes / use.predicted_bytes - 1
@@ -287,11 +288,6 @@ def misses(report: Report, tolerance: float | None) -> list[str]:
                 f"{format_bytes(use.predicted_bytes)} predicted ({error:+.1%}, tolerance {tolerance:.1%})"
             )
     return found
-
-
-def _tiers(report: Report) -> list[tuple[str, TierUse]]:
-    tiers = (("gpu", report.tiers.gpu), ("dram", report.tiers.dram), ("ssd", report.tiers.ssd))
-    return [(name, use) for name, use in tiers if use is not None]
 
 
 def _story(config: ProfileConfig, limits: Limits, forecast: Forecast | None) -> Story:

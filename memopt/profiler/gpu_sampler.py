@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from memopt.profiler.peaks import highest
 from memopt.report_types import DeviceUse
 
 
@@ -96,7 +97,7 @@ class GpuSampler:
         for device in devices:
             self._keep(device)
         memory = GpuMemory(devices=devices, pinned_bytes=_pinned(torch))
-        self._pinned_bytes = _most(self._pinned_bytes, memory.pinned_bytes)
+        self._pinned_bytes = highest(self._pinned_bytes, memory.pinned_bytes)
         return memory
 
     def reset_peak(self) -> None:
@@ -122,8 +123,8 @@ class GpuSampler:
                 index = self._torch_index[place]
                 device = replace(
                     device,
-                    allocated_bytes=_most(device.allocated_bytes, int(torch.cuda.max_memory_allocated(index))),
-                    reserved_bytes=_most(device.reserved_bytes, int(torch.cuda.max_memory_reserved(index))),
+                    allocated_bytes=highest(device.allocated_bytes, int(torch.cuda.max_memory_allocated(index))),
+                    reserved_bytes=highest(device.reserved_bytes, int(torch.cuda.max_memory_reserved(index))),
                 )
             used.append(device)
         return used
@@ -181,10 +182,10 @@ class GpuSampler:
             index=now.index,
             name=now.name,
             used_bytes=max(now.used_bytes, then.used_bytes if then else 0),
-            allocated_bytes=_most(then.allocated_bytes if then else None, now.allocated_bytes),
-            reserved_bytes=_most(then.reserved_bytes if then else None, now.reserved_bytes),
-            process_bytes=_most(then.process_bytes if then else None, now.process_bytes),
-            others_bytes=_most(then.others_bytes if then else None, others),
+            allocated_bytes=highest(then.allocated_bytes if then else None, now.allocated_bytes),
+            reserved_bytes=highest(then.reserved_bytes if then else None, now.reserved_bytes),
+            process_bytes=highest(then.process_bytes if then else None, now.process_bytes),
+            others_bytes=highest(then.others_bytes if then else None, others),
         )
 
 
@@ -290,9 +291,3 @@ def _pinned(torch: Any) -> int | None:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _most(first: int | None, second: int | None) -> int | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return max(first, second)
