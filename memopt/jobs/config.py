@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memopt.errors import BadInput
-from memopt.jobs.fields import accepts_aliases, coerce, setting, unknown_name
+from memopt.jobs.fields import accepts_aliases, coerce, require, setting, unknown_name
 from memopt.units import parse_bytes
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -308,23 +308,23 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_numbers(config: FinetuneConfig) -> None:
     for name in ("seq_len", "grad_accum", "lora_rank"):
-        _require(getattr(config, name) >= 1, name, getattr(config, name), "give a whole number of at least 1")
+        require(getattr(config, name) >= 1, name, getattr(config, name), "give a whole number of at least 1")
     for name in ("max_steps", "eval_every", "save_every", "rank", "update_proj_gap"):
         value = getattr(config, name)
-        _require(value is None or value >= 1, name, value, "give a whole number of at least 1, or leave it out")
+        require(value is None or value >= 1, name, value, "give a whole number of at least 1, or leave it out")
     if config.batch_size != "auto":
-        _require(config.batch_size >= 1, "batch_size", config.batch_size, "give at least 1, or auto")
+        require(config.batch_size >= 1, "batch_size", config.batch_size, "give at least 1, or auto")
     for name in ("lr", "weight_decay", "max_grad_norm", "lora_alpha", "warmup_steps"):
-        _require(getattr(config, name) >= 0, name, getattr(config, name), "give a number of at least 0")
+        require(getattr(config, name) >= 0, name, getattr(config, name), "give a number of at least 0")
     for name in ("beta1", "beta2", "momentum", "lora_dropout"):
         value = getattr(config, name)
-        _require(value is None or 0 <= value < 1, name, value, "give a number from 0 to below 1")
+        require(value is None or 0 <= value < 1, name, value, "give a number from 0 to below 1")
     scale = config.proj_scale
-    _require(scale is None or scale > 0, "proj_scale", scale, "give a positive number; 1 to 4 is usual to fine-tune")
-    _require(config.eps > 0, "eps", config.eps, "give a small positive number such as 1e-8")
-    _require(config.epochs > 0, "epochs", config.epochs, "give a positive number")
-    _require(0 <= config.seed < 2**63, "seed", config.seed, "give a whole number from 0 to 2**63 - 1")
-    _require(config.seq_len >= 2, "seq_len", config.seq_len, "a sequence needs a token and its successor: at least 2")
+    require(scale is None or scale > 0, "proj_scale", scale, "give a positive number; 1 to 4 is usual to fine-tune")
+    require(config.eps > 0, "eps", config.eps, "give a small positive number such as 1e-8")
+    require(config.epochs > 0, "epochs", config.epochs, "give a positive number")
+    require(0 <= config.seed < 2**63, "seed", config.seed, "give a whole number from 0 to 2**63 - 1")
+    require(config.seq_len >= 2, "seq_len", config.seq_len, "a sequence needs a token and its successor: at least 2")
 
 
 def _check_budgets(config: FinetuneConfig) -> None:
@@ -343,11 +343,11 @@ def _check_budgets(config: FinetuneConfig) -> None:
 
 
 def _check_together(config: FinetuneConfig) -> None:
-    _require(bool(config.model.strip()), "model", config.model, "name a directory, a hub id or demo")
+    require(bool(config.model.strip()), "model", config.model, "name a directory, a hub id or demo")
     is_device = config.device in ("auto", "cpu", "cuda") or (
         config.device.startswith("cuda:") and config.device[5:].isdigit()
     )
-    _require(is_device, "device", config.device, "give auto, cpu, cuda or cuda:N")
+    require(is_device, "device", config.device, "give auto, cpu, cuda or cuda:N")
     if config.device == "cpu" and config.gpu is not None:
         raise BadInput(f"gpu = {config.gpu!r} with device = 'cpu': a CPU run uses no GPU memory; leave one of them out")
     if config.resume and config.offload_dir is None:
@@ -378,11 +378,6 @@ def _check_together(config: FinetuneConfig) -> None:
         raise BadInput("model = 'demo' with method = 'lora': the demo has random weights, which adapters cannot save")
     if config.init == "random" and config.method == "lora":
         raise BadInput("init = 'random' with method = 'lora': adapters cannot save random weights; use one")
-
-
-def _require(holds: bool, name: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise BadInput(f"{name} = {value!r}: {remedy}")
 
 
 def _endurance_bytes(text: str) -> int:

@@ -17,6 +17,12 @@ from memopt.errors import BadInput
 T = TypeVar("T")
 
 
+def require(holds: bool, name: str, value: object, remedy: str) -> None:
+    """Raises BadInput for a field whose value cannot be used, unless `holds`."""
+    if not holds:
+        raise BadInput(f"{name} = {value!r}: {remedy}")
+
+
 def setting(
     help: str,
     group: str,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from memopt.errors import BadInput
 from memopt.jobs.config import ALIASES as FINETUNE_ALIASES
-from memopt.jobs.fields import accepts_aliases, coerce, setting
+from memopt.jobs.fields import accepts_aliases, coerce, require, setting
 from memopt.units import parse_bytes
 
 ALIASES: Mapping[str, str] = {
@@ -169,11 +169,11 @@ def read_plan_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_numbers(config: PlanConfig) -> None:
     for name in ("seq_len", "batch_size", "grad_accum", "lora_rank", "steps", "gpus", "new_tokens", "prefill_chunk"):
         value = getattr(config, name)
-        _require(value is None or value >= 1, name, value, "give a whole number from 1 on")
+        require(value is None or value >= 1, name, value, "give a whole number from 1 on")
     keep = config.key_keep
-    _require(keep is None or 0 < keep <= 1, "key_keep", keep, "give a share above 0 and at most 1, such as 0.6")
+    require(keep is None or 0 < keep <= 1, "key_keep", keep, "give a share above 0 and at most 1, such as 0.6")
     norm = config.max_grad_norm
-    _require(norm is None or norm >= 0, "max_grad_norm", norm, "give a number of at least 0")
+    require(norm is None or norm >= 0, "max_grad_norm", norm, "give a number of at least 0")
     for name in ("gpu", "dram", "ssd"):
         value = getattr(config, name)
         # the capacity stands in for a machine not looked at yet: only the syntax and the sign are checked here
@@ -182,7 +182,7 @@ def _check_numbers(config: PlanConfig) -> None:
 
 
 def _check_together(config: PlanConfig) -> None:
-    _require(bool(config.model.strip()), "model", config.model, "name a directory, a config.json or a hub id")
+    require(bool(config.model.strip()), "model", config.model, "name a directory, a config.json or a hub id")
     other, names = ("train", _GENERATE_ONLY) if config.task == "train" else ("generate", _TRAIN_ONLY)
     given = next((name for name in names if getattr(config, name) is not None), None)
     if given is not None:
@@ -206,8 +206,3 @@ def _check_together(config: PlanConfig) -> None:
         )
     if config.quiet and config.json:
         raise BadInput("quiet with json: one prints nothing, the other prints JSON; keep one of them")
-
-
-def _require(holds: bool, name: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise BadInput(f"{name} = {value!r}: {remedy}")
