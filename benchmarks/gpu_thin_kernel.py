@@ -122,12 +122,13 @@ class Layer:
 
         self.pages = triton_thin.ThinPages(
             thin=pages(s.kept + s.full),
-            table=table,
             channels=channels,
             kept=s.kept,
             rest=pages(s.full - s.kept) if held else None,
-            rest_table=table if held else None,
-            exact_from=torch.full((s.batch,), tokens - _WINDOW, device=device, dtype=torch.int32) if held else None,
+        )
+        exact_from = torch.full((s.batch,), tokens - _WINDOW, device=device, dtype=torch.int32)
+        self.tables = triton_thin.Tables(
+            thin=table, rest=table if held else None, exact_from=exact_from if held else None
         )
         t = torch.arange(tokens, device=device)
         slots = (table[:, t // _BLOCK].long() * _BLOCK + t % _BLOCK).flatten()
@@ -145,6 +146,7 @@ class Layer:
         return triton_thin.attend(
             self.query,
             self.pages,
+            self.tables,
             self.starts,
             self.lengths,
             self.tiles,

@@ -20,14 +20,12 @@ def _serve(
     key_channels: Annotated[
         Path | None, typer.Option("--key-channels", help="Which channels: a file of memopt calibrate-keys.")
     ] = None,
-    key_recent: Annotated[
-        int, typer.Option("--key-recent", help="Keep the keys of the last tokens whole (CPU servers only).")
-    ] = 0,
+    key_recent: Annotated[int, typer.Option("--key-recent", help="Keep the keys of the last tokens whole.")] = 0,
     exact_prefill: Annotated[
         bool, typer.Option("--exact-prefill", help="Whole keys until a prompt is done; needs --key-recent.")
     ] = False,
     kernel: Annotated[
-        str, typer.Option("--kernel", metavar="auto|stock|own", help="Attention on a CPU: vLLM's C++ or memopt's own.")
+        str, typer.Option("--kernel", metavar="auto|stock|own", help="Attention by vLLM's kernels or memopt's own.")
     ] = "auto",
     metrics_port: Annotated[
         int | None, typer.Option("--metrics-port", help="Serve memopt's gauges there under /metrics; 0: a free port.")

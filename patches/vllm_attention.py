@@ -24,21 +24,7 @@ from memopt.kv.paged import dense_attention, gather_rows, pick, thin_attention, 
 from memopt.patches import vllm_recent
 from memopt.patches.vllm_channels import channels_of, kept_width, thin_spec
 from memopt.patches.vllm_config import ThinKeys, configured
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One request of a step: its queries are tokens [begin, end) of the batch, the last of `tokens` in all."""
-
-    number: int  # in the batch
-    begin: int
-    end: int
-    tokens: int
-
-    @property
-    def context(self) -> int:
-        """Tokens that were in the pages before this step."""
-        return self.tokens - (self.end - self.begin)
+from memopt.patches.vllm_rows import Row, rows_of
 
 
 @dataclass
@@ -98,9 +84,7 @@ class ThinCPUBuilder(CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         if self._whole:
             return super().build(common_prefix_len, common, fast_build)
-        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        spans = zip(starts, starts[1:], lengths, strict=False)
-        rows = [Row(i, begin, end, tokens) for i, (begin, end, tokens) in enumerate(spans) if end > begin]
+        rows = rows_of(common)
         made = ThinMetadata(rows, common.block_table_tensor, slot_mapping=common.slot_mapping)
         paged = [row for row in rows if row.context]
         if self._stock_kernel and paged:

@@ -19,10 +19,20 @@ _ATTRIBUTE = "_memopt_channels"
 
 @dataclass(frozen=True, slots=True)
 class LayerChannels:
-    """Channel numbers of one layer's own key-value heads, ascending."""
+    """Channel numbers of one layer's own key-value heads: the kept ones, then the dropped ones, each ascending."""
 
-    kept: torch.Tensor  # (H_kv, D_kept)
-    dropped: torch.Tensor  # (H_kv, D - D_kept)
+    order: torch.Tensor  # (H_kv, D) int64
+    keep: int
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """(H_kv, D_kept)."""
+        return self.order[:, : self.keep]
+
+    @property
+    def dropped(self) -> torch.Tensor:
+        """(H_kv, D - D_kept)."""
+        return self.order[:, self.keep :]
 
 
 @functools.lru_cache(maxsize=4)
@@ -91,4 +101,4 @@ def _cut(layer: Any, keys: ThinKeys, device: torch.device) -> LayerChannels:
             raise BadInput(f"{keys.channels} has no channels for {layer.layer_name}; calibrate again")
         world, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         kept = sets.keys[index][heads_of_rank(sets.model.kv_heads, local, world, rank)]
-    return LayerChannels(kept.contiguous().to(device), complement(kept, width).to(device))
+    return LayerChannels(torch.cat((kept, complement(kept, width)), dim=1).to(device), kept.shape[1])

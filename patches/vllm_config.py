@@ -33,8 +33,9 @@ class ThinKeys:
     `key_keep`: share of the key channels that is kept, in (0, 1]; 1 keeps the stock layout. `channels`: the channel
     file that says which (required below 1). `recent`: the last tokens whose keys stay whole, in a KV group of their
     own; 0: none. `exact_prefill`: the group keeps what was dropped until the prompt is done, so that a prompt in
-    several chunks is computed with whole keys. `kernel`, on a CPU: "stock" is vLLM's C++ kernel, "own" memopt's in
-    torch; "auto" takes the stock one where it can be used.
+    several chunks is computed with whole keys. `kernel`: "own" is memopt's, in torch on a CPU and in Triton on a GPU;
+    "stock" is vLLM's, in C++ on a CPU and in Triton for keys and values of two widths on a GPU. "auto" takes the stock
+    one on a CPU where it can be used, and the own one on a GPU.
     """
 
     key_keep: float

@@ -1,24 +1,37 @@
-"""The attention backend of memopt's vLLM plugin on a GPU: vLLM's own Triton kernels for keys and values of two widths.
+"""The attention backend of memopt's vLLM plugin on a GPU, chosen with --attention-backend CUSTOM.
 
-They were made for models whose values are narrower than their keys, and take any two widths. They read a step's own
-keys from the pages, so keys are thin inside a prompt too. Chosen with --attention-backend CUSTOM. Its parts were driven
-through Triton's interpreter on a CPU; it has not been run in a server on a GPU.
+Two ways to read and write the same pages. "own": memopt's Triton kernel, which computes what the CPU backend does: a
+prompt without cached context attends to itself with whole keys, and with a recent window its keys and the new ones are
+whole. "stock": vLLM's own Triton kernels for keys and values of two widths, which read a step's own keys from the
+pages, so keys are thin inside a prompt too and there is no window. Both were driven through Triton's interpreter on a
+CPU, the first inside a whole engine; neither has run on a GPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.triton_attn_diffkv import (
     TritonAttentionDiffKVBackend,
     TritonAttentionDiffKVImpl,
     TritonAttentionDiffKVMetadataBuilder,
 )
 
-from memopt.kv.paged import pick
+from memopt.kv import triton_thin
+from memopt.kv.paged import dense_attention, pick
+from memopt.patches import vllm_recent
 from memopt.patches.vllm_channels import channels_of, kept_width, thin_spec
-from memopt.patches.vllm_config import configured
+from memopt.patches.vllm_config import ThinKeys, configured
+from memopt.patches.vllm_rows import Row, rows_of
+
+_PROMPT_ROWS = 32
+"""Rows of a tile of a request with many new tokens."""
+_SPLIT_TOKENS = 256
+"""Cached tokens that are worth a program of their own."""
+_MOST_SPLITS = 32
 
 
 class ThinTritonBackend(TritonAttentionDiffKVBackend):
@@ -26,7 +39,7 @@ class ThinTritonBackend(TritonAttentionDiffKVBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """The hook that makes pages smaller; the kernels read the values' width from their class."""
+        """The hook that makes pages smaller; vLLM's kernels read the values' width from their class."""
         TritonAttentionDiffKVBackend.set_head_size_v(spec.head_size_v)
         return thin_spec(configured(), spec)
 
@@ -36,14 +49,14 @@ class ThinTritonBackend(TritonAttentionDiffKVBackend):
 
     @staticmethod
     def get_impl_cls() -> type:
-        return ThinTritonImpl
+        return ThinDiffKVImpl if configured().kernel == "stock" else ThinOwnImpl
 
     @staticmethod
     def get_builder_cls() -> type:
-        return TritonAttentionDiffKVMetadataBuilder  # type: ignore[no-any-return]
+        return TritonAttentionDiffKVMetadataBuilder if configured().kernel == "stock" else ThinOwnBuilder
 
 
-class ThinTritonImpl(TritonAttentionDiffKVImpl):
+class ThinDiffKVImpl(TritonAttentionDiffKVImpl):
     """Gathers the kept channels of queries and new keys, and leaves the rest to vLLM."""
 
     def __init__(self, num_heads: int, head_size: int, *args: Any, **options: Any) -> None:
@@ -75,3 +88,153 @@ class ThinTritonImpl(TritonAttentionDiffKVImpl):
         thin = pick(query, channels_of(layer, self._keys, query.device).kept)
         super().forward(layer, thin, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         return output
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Tiles that one call of the kernel computes."""
+
+    tiles: torch.Tensor  # (n, 2) int32 of request and first query
+    queries: int
+    splits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What all layers share of one step."""
+
+    prompts: list[Row]
+    """Rows that attend to themselves, with whole keys; the kernel computes the others."""
+    launches: list[Launch]
+    starts: torch.Tensor  # (R + 1,) int32
+    lengths: torch.Tensor  # (R,) int32
+    table: torch.Tensor  # (R, blocks) int32
+    exact_from: torch.Tensor | None
+    """(R,) int32, with a recent window: from which position a request's dropped channels are in the window's pages."""
+
+
+class ThinOwnBuilder(AttentionMetadataBuilder):
+    """Sorts the rows of a step once, for all layers."""
+
+    # tiles are made on the host for each step
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._keys = configured()
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        self._kv_heads = kv_cache_spec.num_kv_heads
+        self._group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        # a few waves of programs; the interpreter's count only has to exercise splitting
+        self._programs = (
+            4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
+        )
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
+        common, keys = common_attn_metadata, self._keys
+        rows, windowed = rows_of(common), has_window(keys)
+        prompts = [row for row in rows if row.context == 0] if keys.thins and not windowed else []
+        apart = {row.number for row in prompts}
+        lengths = [0] * common.num_reqs
+        for row in rows:
+            if row.number not in apart:
+                lengths[row.number] = row.end - row.begin
+        short = triton_thin.query_tiles([], self._group)[1]
+        few = self._launch([n if n <= short else 0 for n in lengths], common)
+        many = self._launch([n if n > short else 0 for n in lengths], common, _PROMPT_ROWS)
+        return Step(
+            prompts=prompts,
+            launches=[each for each in (few, many) if each is not None],
+            starts=common.query_start_loc,
+            lengths=common.seq_lens,
+            table=common.block_table_tensor,
+            exact_from=_exact_from(common, keys) if windowed else None,
+        )
+
+    def _launch(self, query_lens: list[int], common: Any, rows: int | None = None) -> Launch | None:
+        if not any(query_lens):
+            return None
+        tiles, queries = triton_thin.query_tiles(query_lens, self._group, *([] if rows is None else [rows]))
+        wanted = -(-self._programs // (len(tiles) * self._kv_heads))
+        most = min(_MOST_SPLITS, -(-common.max_seq_len // _SPLIT_TOKENS), wanted)
+        splits = 1 << (max(1, most).bit_length() - 1)  # a power of two: each count is a kernel of its own
+        return Launch(tiles.to(common.seq_lens.device, non_blocking=True), queries, splits)
+
+
+class ThinOwnImpl(TritonAttentionDiffKVImpl):
+    """Writes and reads the pages of one layer with memopt.kv.triton_thin."""
+
+    def __init__(self, num_heads: int, head_size: int, *args: Any, **options: Any) -> None:
+        super().__init__(num_heads, head_size, *args, **options)
+        self._keys = configured()
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Put the new tokens' key channels, kept and dropped, and values into their pages."""
+        rest_slots = vllm_recent.pages(layer)[1] if has_window(self._keys) else None
+        pages, count = self._pages(layer, kv_cache), len(slot_mapping)
+        triton_thin.write(key[:count], value[:count], pages, slot_mapping, rest_slots)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step, into `output` (tokens, H, D). The profiling run fills the table of channels."""
+        if attn_metadata is None:
+            channels_of(layer, self._keys, query.device)
+            return output.fill_(0)
+        step: Step = attn_metadata
+        for row in step.prompts:
+            mine = slice(row.begin, row.end)
+            output[mine] = dense_attention(query[mine], key[mine], value[mine], scale=self.scale)
+        if not step.launches:
+            return output
+        rest = vllm_recent.block_table(layer) if has_window(self._keys) else None
+        tables = triton_thin.Tables(thin=step.table, rest=rest, exact_from=step.exact_from)
+        pages = self._pages(layer, kv_cache)
+        for launch in step.launches:
+            triton_thin.attend(
+                query,
+                pages,
+                tables,
+                step.starts,
+                step.lengths,
+                launch.tiles,
+                queries=launch.queries,
+                scale=self.scale,
+                splits=launch.splits,
+                out=output,
+            )
+        return output
+
+    def _pages(self, layer: Any, kv_cache: torch.Tensor) -> triton_thin.ThinPages:
+        channels = channels_of(layer, self._keys, kv_cache.device)
+        rest = vllm_recent.pages(layer)[0] if has_window(self._keys) else None
+        return triton_thin.ThinPages(thin=kv_cache, channels=channels.order, kept=channels.keep, rest=rest)
+
+
+def has_window(keys: ThinKeys) -> bool:
+    """Whether there are dropped channels of recent tokens to read."""
+    return keys.thins and keys.recent > 0
+
+
+def _exact_from(common: Any, keys: ThinKeys) -> torch.Tensor:
+    """A prompt under way has all of its dropped channels with exact prefill, else the window before the new tokens."""
+    starts = common.query_start_loc
+    begin: torch.Tensor = (common.seq_lens - (starts[1:] - starts[:-1]) - keys.recent).clamp_(min=0)
+    if keys.exact_prefill:
+        whole = common.is_prefilling.to(begin.device, non_blocking=True)
+        begin[: len(whole)].masked_fill_(whole, 0)
+    return begin

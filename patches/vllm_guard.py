@@ -21,6 +21,7 @@ from memopt.patches.vllm_channels import kept_width, sets_of
 from memopt.patches.vllm_config import RECEIPT, ThinKeys
 from memopt.patches.vllm_recent import SUFFIX
 
+MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 """Ways to guess tokens without a draft model, whose layers would be taken for the target's."""
 
@@ -68,6 +69,9 @@ def check_config(config: Any, keys: ThinKeys) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise refuse(f"{name} above 1 cuts pages in another way; set it to 1")
+    if keys.exact_prefill and config.use_v2_model_runner:
+        # it calls a request that was preempted a prompt to its last token, whose blocks are long given away by then
+        raise refuse(f"exact prefill needs vLLM's V1 model runner; set {MODEL_RUNNER}=0 (memopt serve does)")
     if config.model_config.use_mla:
         raise refuse("this model's attention has latent keys (MLA), which have no channels to drop; use --key-keep 1")
     if keys.thins:

@@ -48,20 +48,13 @@ def register() -> None:
         return
     check_version()
     from vllm.logger import init_logger
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import register_backend
 
     if keys.thins:
         from memopt.patches.vllm_channels import sets_of
 
         sets_of(keys)  # a file that cannot be used is told before anything is loaded
-    if current_platform.is_cpu():
-        # a CPU platform takes its own backend whatever is asked for, so that one is overridden
-        member, home = AttentionBackendEnum.CPU_ATTN, "memopt.patches.vllm_attention.ThinCPUBackend"
-    else:
-        if keys.recent:
-            raise BadInput("key_recent: the recent window works on CPU servers only so far; use --key-recent 0")
-        member, home = AttentionBackendEnum.CUSTOM, "memopt.patches.vllm_gpu.ThinTritonBackend"
+    member, home = backend_of_platform()
     register_backend(member, home)
     _undo.append(member.clear_override)
     _watch_layers(keys, home)
@@ -75,6 +68,17 @@ def unregister() -> None:
     """Put everything in this process back."""
     while _undo:
         _undo.pop()()
+
+
+def backend_of_platform() -> tuple[Any, str]:
+    """Which of vLLM's attention backends is replaced, and by what."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if current_platform.is_cpu():
+        # a CPU platform takes its own backend whatever is asked for, so that one is overridden
+        return AttentionBackendEnum.CPU_ATTN, "memopt.patches.vllm_attention.ThinCPUBackend"
+    return AttentionBackendEnum.CUSTOM, "memopt.patches.vllm_gpu.ThinTritonBackend"
 
 
 def check_version() -> None:

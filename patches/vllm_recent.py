@@ -24,14 +24,13 @@ def beside(layer: Any, keys: ThinKeys) -> None:
     from vllm.config import get_current_vllm_config
 
     context = get_current_vllm_config().compilation_config.static_forward_context
-    context[layer.layer_name + SUFFIX] = _classes()[0](layer, keys)
+    context[layer.layer_name + SUFFIX] = _classes(layer.attn_backend)[0](layer, keys)
 
 
 def write(layer: Any, dropped: torch.Tensor) -> None:
     """Put the step's dropped key channels (T, H_kv, D - D_kept) into their pages."""
-    context, pages = _context(layer)
-    slots = context.slot_mapping[pages.layer_name]
-    write_rows(pages.kv_cache, dropped[: len(slots)], slots)
+    cache, slots = pages(layer)
+    write_rows(cache, dropped[: len(slots)], slots)
 
 
 def suffix(layer: Any, row: int, context: int, own: torch.Tensor, keys: ThinKeys) -> Suffix:
@@ -40,15 +39,28 @@ def suffix(layer: Any, row: int, context: int, own: torch.Tensor, keys: ThinKeys
     After its prompt a request's older entries of the block table are stale, the pages given away: only the window is
     read then. Block 0 is nobody's: there the window was not cached.
     """
-    forward, pages = _context(layer)
-    metadata, page_tokens = forward.attn_metadata[pages.layer_name], pages.kv_cache.shape[2]
+    forward, recent = _context(layer)
+    metadata, page_tokens = forward.attn_metadata[recent.layer_name], recent.kv_cache.shape[2]
     whole = keys.exact_prefill and bool(metadata.is_prefilling[row])
     window = context if whole else min(keys.recent, context)
     positions = torch.arange(context - window, context)
     blocks = metadata.block_table[row][positions // page_tokens].long()
-    before = pages.kv_cache[blocks, :, positions % page_tokens]
+    before = recent.kv_cache[blocks, :, positions % page_tokens]
     present = torch.cat((blocks != 0, torch.ones(len(own), dtype=torch.bool)))
     return Suffix(keys=torch.cat((before.to(own.dtype), own)), present=present)
+
+
+def pages(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The window's pages of a layer, and the slots of the step's tokens in them."""
+    context, recent = _context(layer)
+    return recent.kv_cache, context.slot_mapping[recent.layer_name]
+
+
+def block_table(layer: Any) -> torch.Tensor:
+    """(requests, blocks) int32: where the window's pages of each request of the step are; 0: nowhere."""
+    context, recent = _context(layer)
+    table: torch.Tensor = context.attn_metadata[recent.layer_name].block_table
+    return table
 
 
 def _context(layer: Any) -> tuple[Any, Any]:
@@ -58,9 +70,9 @@ def _context(layer: Any) -> tuple[Any, Any]:
     return context, context.no_compile_layers[layer.layer_name + SUFFIX]
 
 
-@functools.lru_cache(maxsize=1)
-def _classes() -> tuple[Any, Any]:
-    """The layer and its backend; made late, because their base classes are vLLM's."""
+@functools.lru_cache(maxsize=2)
+def _classes(thin_backend: Any) -> tuple[Any, Any]:
+    """The layer and its backend, beside that of the thin pages; made late, because their base classes are vLLM's."""
     from types import SimpleNamespace
 
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -68,7 +80,6 @@ def _classes() -> tuple[Any, Any]:
     from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-    from memopt.patches.vllm_attention import ThinCPUBackend
     from memopt.patches.vllm_spec import PromptWindowSpec
 
     class Builder(AttentionMetadataBuilder):
@@ -96,7 +107,7 @@ def _classes() -> tuple[Any, Any]:
 
         @classmethod
         def supported_kv_cache_layouts(cls) -> Any:
-            return ThinCPUBackend.supported_kv_cache_layouts()
+            return thin_backend.supported_kv_cache_layouts()
 
         @classmethod
         def supports_sliding_window(cls) -> bool:

@@ -34,6 +34,7 @@ class Case:
     rest_block: int = 48
     window: int | None = 5
     dtype: torch.dtype = torch.float32
+    rows: int = 16
 
 
 CASES = [
@@ -44,6 +45,7 @@ CASES = [
     Case(requests=((5, 3), (129, 2)), heads=3, group=1, full=17, kept=16, values=8, block=8, rest_block=8, window=100),
     Case(requests=((33, 1), (90, 4)), group=3, window=0),
     Case(requests=((33, 1), (90, 40)), kept=24, window=None),
+    Case(requests=((0, 45), (70, 21)), rows=32, group=3),
     Case(requests=((150, 1), (61, 5)), dtype=HALF, full=64, kept=40, values=64),
 ]
 
@@ -57,14 +59,16 @@ class Made:
     values: list[torch.Tensor]  # (T, H_kv, D_v)
     query: torch.Tensor  # (new tokens, H_q, D)
     pages: triton_thin.ThinPages
+    tables: triton_thin.Tables
     exact_from: list[int]
 
     def attend(self, splits: int = 1, soft_cap: float = 0.0) -> torch.Tensor:
         new = [n for _, n in self.case.requests]
-        tiles, queries = triton_thin.query_tiles(new, self.case.group)
+        tiles, queries = triton_thin.query_tiles(new, self.case.group, self.case.rows)
         return triton_thin.attend(
             self.query,
             self.pages,
+            self.tables,
             torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32, device=DEVICE),
             torch.tensor([c + n for c, n in self.case.requests], dtype=torch.int32, device=DEVICE),
             tiles.to(DEVICE),
@@ -128,15 +132,14 @@ def made(case: Case, *, null_from: int | None = None) -> Made:
     if null_from is not None:
         rest_table[0, :null_from] = 0
         exact[0] = max(exact[0], null_from * case.rest_block)
-    pages = triton_thin.ThinPages(
-        thin=thin.to(DEVICE), table=table.to(DEVICE), channels=channels.to(DEVICE), kept=case.kept
-    )
+    pages = triton_thin.ThinPages(thin=thin.to(DEVICE), channels=channels.to(DEVICE), kept=case.kept)
+    tables = triton_thin.Tables(thin=table.to(DEVICE))
     if case.window is not None and case.full > case.kept:
         given = exact if null_from is None else [max(0, c - window) for c, _ in case.requests]
-        pages = replace(
-            pages,
-            rest=rest.to(DEVICE),
-            rest_table=rest_table.to(DEVICE),
+        pages = replace(pages, rest=rest.to(DEVICE))
+        tables = replace(
+            tables,
+            rest=rest_table.to(DEVICE),
             exact_from=torch.tensor(given, dtype=torch.int32, device=DEVICE),
         )
     triton_thin.write(
@@ -147,7 +150,7 @@ def made(case: Case, *, null_from: int | None = None) -> Made:
         None if pages.rest is None else torch.cat(rest_slots).to(DEVICE),
     )
     query = random(sum(n for _, n in case.requests), case.heads * case.group, case.full).to(DEVICE)
-    return Made(case=case, keys=keys, values=values, query=query, pages=pages, exact_from=exact)
+    return Made(case=case, keys=keys, values=values, query=query, pages=pages, tables=tables, exact_from=exact)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -191,13 +194,14 @@ def test_slots_below_zero_are_not_written() -> None:
 
 
 def test_bad_shapes_are_refused() -> None:
-    pages = made(CASES[0]).pages
+    this = made(CASES[0])
+    pages = this.pages
     with pytest.raises(BadInput, match="kept = 0"):
         replace(pages, kept=0)
     with pytest.raises(BadInput, match="do not fit 2 KV heads"):
         replace(pages, thin=pages.thin[:, :1])
-    with pytest.raises(BadInput, match="belong together"):
-        replace(pages, exact_from=None)
+    with pytest.raises(BadInput, match="give all three or none"):
+        replace(this, tables=replace(this.tables, exact_from=None)).attend()
     with pytest.raises(BadInput, match="do not hold 8 channels"):
         assert pages.rest is not None
         replace(pages, rest=pages.rest[..., :3])

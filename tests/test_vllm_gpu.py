@@ -1,4 +1,4 @@
-"""The GPU backend's writing and reading, with vLLM's own Triton kernels, in Triton's interpreter on a CPU."""
+"""The GPU backend in Triton's interpreter on a CPU: memopt's kernel in whole engines, vLLM's kernels by themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from memopt.kv.channel_file import load_channels
+from memopt.patches.vllm_config import ThinKeys
+from tests.vllm_helpers import Setup, make_setup
 
 ABSENT = [name for name in ("vllm", "triton") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -25,14 +29,14 @@ from memopt.kv.channels import choose, complement
 from memopt.kv.paged import pick
 from memopt.patches import vllm_channels
 from memopt.patches.vllm_config import ThinKeys
-from memopt.patches.vllm_gpu import ThinTritonBackend, ThinTritonImpl, TritonAttentionDiffKVBackend
+from memopt.patches.vllm_gpu import ThinDiffKVImpl, ThinTritonBackend, TritonAttentionDiffKVBackend
 from tests.reference.paged import causal
 
 D, keep, H, K, page = 64, int(sys.argv[1]), 6, 2, 16
 torch.manual_seed(keep)
 kept = choose(torch.rand(K, D), keep)
 dropped = complement(kept, D)
-impl = object.__new__(ThinTritonImpl)
+impl = object.__new__(ThinDiffKVImpl)
 impl._keys = ThinKeys(key_keep=1.0)
 TritonAttentionDiffKVBackend.set_head_size_v(D)
 for name, value in dict(head_size=keep, num_heads=H, num_kv_heads=K, scale=D**-0.5, kv_cache_dtype="auto",
@@ -40,7 +44,7 @@ for name, value in dict(head_size=keep, num_heads=H, num_kv_heads=K, scale=D**-0
                         sinks=None).items():
     setattr(impl, name, value)
 layer = SimpleNamespace(_k_scale=torch.tensor(1.0), _v_scale=torch.tensor(1.0))
-setattr(layer, vllm_channels._ATTRIBUTE, vllm_channels.LayerChannels(kept, dropped))
+setattr(layer, vllm_channels._ATTRIBUTE, vllm_channels.LayerChannels(torch.cat((kept, dropped), 1), keep))
 cache = torch.zeros(12, K, page, keep + D)
 table = torch.tensor([[3, 7, 1], [9, 2, 4]], dtype=torch.int32)
 past = [(torch.zeros(0, K, D), torch.zeros(0, K, D)) for _ in range(2)]
@@ -75,3 +79,47 @@ def test_thin_pages_through_vllms_kernels(run_python: Callable[..., Any], keep: 
     assert done.returncode == 0, done.stderr[-3000:]
     worst = float(done.stdout.split("worst")[-1])
     assert worst < 5e-6
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    sizes: dict[str, Any] = {"lengths": (4, 7, 67, 1, 40), "new_tokens": 6, "program": "tests.vllm_gpu_engine"}
+    return make_setup(tmp_path_factory.mktemp("gpu"), **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of transformers as vLLM wants it
+@pytest.mark.parametrize(
+    ("keep", "options", "second_runner"),
+    [
+        (0.625, {}, True),
+        (0.625, {"recent": 16}, True),
+        (0.5, {"recent": 16, "exact_prefill": True}, False),
+    ],
+)
+def test_an_engine_with_memopts_kernel_gives_the_masked_references_logprobs(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, keep: float, options: dict[str, Any], second_runner: bool
+) -> None:
+    from tests.reference.thin_server import greedy
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(second_runner)))
+    keys = ThinKeys(key_keep=keep, channels=setup.channels(keep), **options)
+    # prompts of up to 67 tokens in chunks where that is to be exact
+    chunk = {"max_num_batched_tokens": 32} if keys.exact_prefill else {}
+    found = setup.run(keys, block_size=16, kv_cache_memory_bytes=8 * 2**20, **chunk)
+    assert found["second_runner"] == second_runner
+    assert keys.channels is not None
+    sets = load_channels(keys.channels)
+    tokens, logprobs = greedy(setup.model, setup.prompts(), setup.new_tokens, sets, recent=keys.recent, chunk=10**6)
+    assert found["passes"][0]["tokens"] == tokens
+    pairs = zip(found["passes"][0]["logprobs"], logprobs, strict=True)
+    assert max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)) < 1e-5
+
+
+@pytest.mark.slow
+def test_exact_prefill_is_refused_where_a_preempted_request_would_read_other_blocks(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    keys = ThinKeys(key_keep=0.5, channels=setup.channels(0.5), recent=16, exact_prefill=True)
+    assert "needs vLLM's V1 model runner" in setup.fail(keys)

@@ -79,6 +79,7 @@ def config(**changed: Any) -> Any:
     return SimpleNamespace(
         speculative_config=changed.get("speculative"),
         kv_transfer_config=changed.get("transfer"),
+        use_v2_model_runner=changed.get("v2", False),
         parallel_config=parallel,
         model_config=SimpleNamespace(
             use_mla=changed.get("mla", False), hf_config=SimpleNamespace(**text | changed.get("text", {}))
@@ -195,11 +196,14 @@ def test_every_seam_is_there(module: str, name: str) -> None:
 def test_signatures_are_those_the_overrides_were_written_for() -> None:
     import inspect
 
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+    from vllm.v1.attention.backends.triton_attn_diffkv import TritonAttentionDiffKVImpl
     from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
     from memopt.patches.vllm_attention import ThinCPUBuilder, ThinCPUImpl
+    from memopt.patches.vllm_gpu import ThinOwnBuilder, ThinOwnImpl
     from memopt.patches.vllm_spec import PromptWindowManager, PromptWindowSpec
 
     def names(function: Callable[..., Any]) -> list[str]:
@@ -210,6 +214,11 @@ def test_signatures_are_those_the_overrides_were_written_for() -> None:
         (ThinCPUImpl, CPUAttentionBackendImpl, "do_kv_cache_update"),
         (ThinCPUBuilder, CPUAttentionMetadataBuilder, "__init__"),
         (ThinCPUBuilder, CPUAttentionMetadataBuilder, "build"),
+        (ThinOwnImpl, TritonAttentionDiffKVImpl, "forward"),
+        (ThinOwnImpl, TritonAttentionDiffKVImpl, "do_kv_cache_update"),
+        (ThinOwnImpl, TritonAttentionDiffKVImpl, "fused_output_quant_supported"),
+        (ThinOwnBuilder, AttentionMetadataBuilder, "__init__"),
+        (ThinOwnBuilder, AttentionMetadataBuilder, "build"),
         (PromptWindowManager, SlidingWindowManager, "remove_skipped_blocks"),
         (PromptWindowSpec, SlidingWindowSpec, "max_admission_blocks_per_request"),
     ):

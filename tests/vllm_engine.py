@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: python -m tests.vllm_engine REQUEST.json RESULT.json.
 
 The plugin is configured by the environment, as in a server. The request: model, engine options, prompts (token ids),
-new tokens. The result: tokens and log-probabilities of two passes (the second may hit the prefix cache), KV blocks.
+new tokens. The result: tokens and log-probabilities of two passes (the second may hit the prefix cache), KV blocks,
+and whether vLLM's second model runner was at work.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def main(request: Path, result: Path) -> None:
     asked = json.loads(request.read_text())
     engine = LLM(model=asked["model"], **asked["options"])
     passes = [generate(engine, asked["prompts"], asked["new_tokens"]) for _ in range(asked["passes"])]
-    cache = engine.llm_engine.vllm_config.cache_config
+    config = engine.llm_engine.vllm_config
+    cache = config.cache_config
     found = {"passes": passes, "blocks": cache.num_gpu_blocks, "kv_tokens": cache.kv_cache_size_tokens}
+    found["second_runner"] = config.use_v2_model_runner
     result.write_text(json.dumps(found))
 
 

@@ -39,9 +39,12 @@ _CONFIG: dict[str, Any] = {
 
 @dataclass
 class Setup:
-    """The model's directory; engines that ran are kept by what they were asked for."""
+    """The model's directory; engines that ran are kept by what they were asked for. `program`: what runs one."""
 
     directory: Path
+    lengths: tuple[int, ...] = PROMPT_LENGTHS
+    new_tokens: int = NEW_TOKENS
+    program: str = "tests.vllm_engine"
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -50,8 +53,8 @@ class Setup:
 
     def prompts(self) -> list[list[int]]:
         draw = torch.Generator().manual_seed(3)
-        longest = torch.randint(3, 300, (max(PROMPT_LENGTHS),), generator=draw).tolist()
-        return [longest[-length:] if length % 2 else longest[:length] for length in PROMPT_LENGTHS]
+        longest = torch.randint(3, 300, (max(self.lengths),), generator=draw).tolist()
+        return [longest[-length:] if length % 2 else longest[:length] for length in self.lengths]
 
     def channels(self, keep: float) -> Path:
         """A file of random channels: what is kept does not matter, that both sides keep the same does."""
@@ -70,7 +73,7 @@ class Setup:
             **options,
         }
         request = {"model": str(self.model), "options": given, "prompts": self.prompts()}
-        request |= {"new_tokens": NEW_TOKENS, "passes": passes}
+        request |= {"new_tokens": self.new_tokens, "passes": passes}
         name = json.dumps([request, repr(keys)])
         if name not in self.done:
             self.done[name] = self._start(request, keys)
@@ -94,7 +97,7 @@ class Setup:
         asked, result = self.directory / "request.json", self.directory / "result.json"
         asked.write_text(json.dumps(request))
         result.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tests.vllm_engine", str(asked), str(result)]
+        command = [sys.executable, "-m", self.program, str(asked), str(result)]
         environment = clean_environment() | ({} if keys is None else keys.environment())
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment), result
 
@@ -106,11 +109,11 @@ def clean_environment() -> dict[str, str]:
     return kept | quiet | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": str(ROOT)}
 
 
-def make_setup(directory: Path, keeps: tuple[float, ...] = (0.5, 0.625)) -> Setup:
-    """Save the model, its tokenizer and channel files."""
+def make_setup(directory: Path, keeps: tuple[float, ...] = (0.5, 0.625), **options: Any) -> Setup:
+    """Save the model, its tokenizer and channel files; `options` of Setup."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    setup = Setup(directory)
+    setup = Setup(directory, **options)
     torch.manual_seed(7)
     model = LlamaForCausalLM(LlamaConfig(**_CONFIG))
     with torch.no_grad():

@@ -25,7 +25,7 @@ from memopt.patches.hf_files import checkpoint_files, resolve_checkpoint
 from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_channels import sets_of
 from memopt.patches.vllm_config import RECEIPT, VARIABLES, ThinKeys
-from memopt.patches.vllm_guard import Receipt
+from memopt.patches.vllm_guard import MODEL_RUNNER, Receipt
 from memopt.planning.serving import ServedModel, ServePlan, plan_serving
 from memopt.profiler.prometheus import Metric, Server, exposition
 from memopt.profiler.tree_sampler import TreeSampler
@@ -156,6 +156,8 @@ def _environment(request: ServeRequest, home: Path, receipt: Path) -> dict[str, 
     environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
     if request.keys.thins:
         environment |= request.keys.environment() | {RECEIPT: str(receipt)}
+        if request.keys.exact_prefill:
+            environment[MODEL_RUNNER] = "0"  # the plugin refuses the other (patches/vllm_guard.py)
         allowed = environment.get("VLLM_PLUGINS")
         if allowed is not None and "memopt" not in allowed.split(","):
             environment["VLLM_PLUGINS"] = ",".join(filter(None, (allowed, "memopt")))
@@ -240,8 +242,6 @@ def _check_options(request: ServeRequest) -> None:
     cache = request.option("--kv-cache-dtype")
     if cache not in (None, "auto", "bfloat16", "float16"):
         raise BadInput(f"--kv-cache-dtype {cache}: only whole numbers' caches are thinned; leave it at auto")
-    if vllm_kind() == "gpu" and request.keys.recent:
-        raise BadInput("--key-recent: the recent window works on CPU servers only so far; use --key-recent 0")
 
 
 def _check_model(name: str, config: Any) -> None:

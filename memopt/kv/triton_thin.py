@@ -20,26 +20,20 @@ from memopt.errors import BadInput
 
 _ROWS = 16
 """Rows of a tile at least: what the matrix units take."""
-_TOKENS = 64
-"""Cached tokens a tile multiplies at once."""
+_TILE_BYTES = 40 * 2**10
+"""Keys and values a tile of 16 rows multiplies at once: with what Triton adds, all of it fits in the 99 KiB of shared
+memory that a block has on the smallest cards (compute capability 8.6 and 8.9)."""
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThinPages:
-    """The caches of one layer. Strides are free, but the last dimension is contiguous.
-
-    `exact_from`: the first position of each request whose dropped channels are in `rest`. Block 0 of `rest` is nobody's
-    (vLLM's null block): tokens whose table says 0 have only their kept channels.
-    """
+    """The caches of one layer. Strides are free, but the last dimension is contiguous."""
 
     thin: torch.Tensor  # (blocks, H_kv, block_size, kept + D_v)
-    table: torch.Tensor  # (R, n) int32
     channels: torch.Tensor  # (H_kv, D) int32 or int64: the kept ones, then the dropped ones
     kept: int
     rest: torch.Tensor | None = None  # (blocks, H_kv, block_size', D - kept)
-    rest_table: torch.Tensor | None = None  # (R, n') int32
-    exact_from: torch.Tensor | None = None  # (R,) int32
 
     def __post_init__(self) -> None:
         heads, full = self.channels.shape
@@ -50,15 +44,26 @@ class ThinPages:
                 f"thin pages {tuple(self.thin.shape)} do not fit {heads} KV heads with {self.kept} kept channels and a "
                 "value: (blocks, heads, block size, kept + value channels) is wanted"
             )
-        extra = (self.rest, self.rest_table, self.exact_from)
-        if any(each is None for each in extra) and any(each is not None for each in extra):
-            raise BadInput("rest, rest_table and exact_from belong together: give all three or none")
         if self.rest is not None and self.rest.shape[1:4:2] != (heads, full - self.kept):
             raise BadInput(
                 f"rest pages {tuple(self.rest.shape)} do not hold {full - self.kept} channels of {heads} heads"
             )
         if any(each is not None and each.stride(-1) != 1 for each in (self.thin, self.rest)):
             raise BadInput("the channels of a page must be contiguous")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Where the pages of R requests are.
+
+    `exact_from`: the first position of each request whose dropped channels are in the rest pages; needed with those, as
+    is `rest`. Block 0 of the rest pages is nobody's (vLLM's null block): tokens whose table says 0 have only their kept
+    channels.
+    """
+
+    thin: torch.Tensor  # (R, n) int32
+    rest: torch.Tensor | None = None  # (R, n') int32
+    exact_from: torch.Tensor | None = None  # (R,) int32
 
 
 def write(
@@ -100,12 +105,13 @@ def write(
     )
 
 
-def query_tiles(query_lens: list[int], group: int) -> tuple[torch.Tensor, int]:
+def query_tiles(query_lens: list[int], group: int, rows: int = _ROWS) -> tuple[torch.Tensor, int]:
     """Which queries each program works on: ((tiles, 2) int32 of request and first query, queries of a tile).
 
-    `group` query heads share a KV head; the rows of a tile are queries times group.
+    `group` query heads share a KV head; the rows of a tile are queries times group. 32 rows read the pages of a long
+    prompt half as often as 16, which are enough for a few new tokens.
     """
-    queries = max(1, _ROWS // group)
+    queries = max(1, rows // group)
     pairs = [(r, first) for r, length in enumerate(query_lens) for first in range(0, length, queries)]
     return torch.tensor(pairs, dtype=torch.int32).view(-1, 2), queries
 
@@ -113,6 +119,7 @@ def query_tiles(query_lens: list[int], group: int) -> tuple[torch.Tensor, int]:
 def attend(
     query: torch.Tensor,  # (T, H_q, D), the requests one after the other
     pages: ThinPages,
+    tables: Tables,
     query_starts: torch.Tensor,  # (R + 1,) int32
     lengths: torch.Tensor,  # (R,) int32: tokens in the pages, the new ones included
     tiles: torch.Tensor,  # (tiles, 2) int32, of query_tiles
@@ -129,6 +136,8 @@ def attend(
     contexts. `soft_cap`: c tanh(s / c) on the scores, 0 for none. Sums are float32.
     """
     heads = pages.channels.shape[0]
+    if any((each is None) != (pages.rest is None) for each in (tables.rest, tables.exact_from)):
+        raise BadInput("a table of the rest pages and exact_from belong to rest pages: give all three or none")
     if query.shape[1] % heads:
         raise BadInput(f"{query.shape[1]} query heads cannot share {heads} KV heads evenly")
     group = query.shape[1] // heads
@@ -139,9 +148,9 @@ def attend(
     full = query.shape[2]
     held = pages.rest is not None
     rest = pages.rest if pages.rest is not None else pages.thin
-    rest_table = pages.rest_table if pages.rest_table is not None else pages.table
-    exact_from = pages.exact_from if pages.exact_from is not None else lengths
-    wide = _power(values)
+    rest_table = tables.rest if tables.rest is not None else tables.thin
+    exact_from = tables.exact_from if tables.exact_from is not None else lengths
+    wide, rows = _power(values), max(_ROWS, _power(queries * group))
     shape = (splits if splits > 1 else 0, *query.shape[:2])
     partial = torch.empty(*shape, wide, dtype=torch.float32, device=query.device)
     tops, sums = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -150,7 +159,7 @@ def attend(
         pages.thin,
         rest,
         pages.channels,
-        pages.table,
+        tables.thin,
         rest_table,
         exact_from,
         query_starts,
@@ -166,17 +175,17 @@ def attend(
         *pages.thin.stride()[:3],
         *rest.stride()[:3],
         pages.channels.stride(0),
-        pages.table.stride(0),
+        tables.thin.stride(0),
         rest_table.stride(0),
         *out.stride()[:2],
         query.shape[0],
         query.shape[1],
-        pages.thin.shape[2],
-        rest.shape[2],
         GROUP=group,
         QUERIES=queries,
-        ROWS=max(_ROWS, _power(queries * group)),
-        TOKENS=_TOKENS,
+        ROWS=rows,
+        TOKENS=_tile_tokens(rows, pages, full),
+        BLOCK=pages.thin.shape[2],
+        REST_BLOCK=rest.shape[2],
         KEPT=pages.kept,
         DROPPED=full - pages.kept if held else 0,
         VALUE=values,
@@ -191,6 +200,13 @@ def attend(
             partial, tops, sums, out, *out.stride()[:2], *query.shape[:2], VALUE=values, BLOCK_VALUE=wide, SPLITS=splits
         )
     return out
+
+
+def _tile_tokens(rows: int, pages: ThinPages, full: int) -> int:
+    """Cached tokens that a tile multiplies at once."""
+    width = _power(pages.kept) + _power(max(full - pages.kept, 1)) + _power(pages.thin.shape[3] - pages.kept)
+    tokens = _TILE_BYTES * _ROWS // (width * pages.thin.element_size() * rows)
+    return max(16, min(64, 1 << (tokens.bit_length() - 1)))
 
 
 def _power(size: int) -> int:
@@ -230,8 +246,9 @@ def _attend(  # type: ignore[no-untyped-def]
     query, thin, rest, channels, table, rest_table, exact_from, query_starts, lengths, tiles,
     out, partial, tops, sums, scale, soft_cap,
     query_t, query_h, thin_b, thin_h, thin_n, rest_b, rest_h, rest_n, channels_h, table_r, rest_table_r, out_t, out_h,
-    total, query_heads, block_size, rest_size,
+    total, query_heads,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     KEPT: tl.constexpr, DROPPED: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_KEPT: tl.constexpr, BLOCK_DROPPED: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     SPLITS: tl.constexpr, CAPPED: tl.constexpr,
@@ -271,18 +288,20 @@ def _attend(  # type: ignore[no-untyped-def]
     for base in range(low, high, TOKENS):
         t = base + tl.arange(0, TOKENS)
         there = t < high
-        block = tl.load(table + r * table_r + t // block_size, mask=there, other=0).to(tl.int64)
-        page = thin + block * thin_b + h * thin_h + t % block_size * thin_n
+        block = tl.load(table + r * table_r + t // BLOCK, mask=there, other=0).to(tl.int64)
+        page = thin + block * thin_b + h * thin_h + t % BLOCK * thin_n
         k = tl.load(page[None, :] + i[:, None], mask=there[None, :] & (i < KEPT)[:, None], other=0.0)
         score = tl.dot(q, k, input_precision="ieee")
         if DROPPED > 0:  # noqa: SIM102 - known when the kernel is compiled; the other condition is not
             if base + TOKENS > exact:
                 held = there & (t >= exact)
-                block = tl.load(rest_table + r * rest_table_r + t // rest_size, mask=held, other=0).to(tl.int64)
-                held = held & (block > 0)
-                more = rest + block * rest_b + h * rest_h + t % rest_size * rest_n
-                k = tl.load(more[None, :] + j[:, None], mask=held[None, :] & (j < DROPPED)[:, None], other=0.0)
-                score += tl.dot(q_rest, k, input_precision="ieee")
+                more = tl.load(rest_table + r * rest_table_r + t // REST_BLOCK, mask=held, other=0).to(tl.int64)
+                held = held & (more > 0)
+                rest_page = rest + more * rest_b + h * rest_h + t % REST_BLOCK * rest_n
+                k_rest = tl.load(
+                    rest_page[None, :] + j[:, None], mask=held[None, :] & (j < DROPPED)[:, None], other=0.0
+                )
+                score += tl.dot(q_rest, k_rest, input_precision="ieee")
         score = score * scale
         if CAPPED:
             twice = tl.exp2(score * (2.0 * _LOG2E / soft_cap))
