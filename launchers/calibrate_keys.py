@@ -36,7 +36,7 @@ def _calibrate_keys(
         typer.Option(
             "--engine",
             metavar="hf|vllm",
-            help="What computes: transformers (channels chosen together), or a vLLM engine (by the published score).",
+            help="What computes: transformers, or a vLLM engine.",
         ),
     ] = "hf",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,

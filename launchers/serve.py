@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.errors import BadInput
+
 
 def register(app: typer.Typer) -> None:
     """Add the subcommand to `app`."""
@@ -19,6 +21,10 @@ def _serve(
     key_keep: Annotated[float, typer.Option("--key-keep", help="Share of the key channels to keep; 1: all.")] = 0.6,
     key_channels: Annotated[
         Path | None, typer.Option("--key-channels", help="Which channels: a file of memopt calibrate-keys.")
+    ] = None,
+    calibrate_keys: Annotated[
+        Path | None,
+        typer.Option("--calibrate-keys", help="Serve whole keys, and write which the prompts ask for to this file."),
     ] = None,
     key_recent: Annotated[int, typer.Option("--key-recent", help="Keep the keys of the last tokens whole.")] = 0,
     exact_prefill: Annotated[
@@ -37,16 +43,21 @@ def _serve(
     """Serve MODEL with vLLM and thinner keys: more KV blocks in the same memory. What follows -- goes to vllm serve."""
     # imported late: usage errors come before torch
     from memopt.jobs.serve import ServeRequest, check, serve, tier_of_server
-    from memopt.patches.vllm_config import ThinKeys
+    from memopt.patches.vllm_config import Calibration, ThinKeys
 
+    calibration = None if calibrate_keys is None else Calibration(path=calibrate_keys, keep=key_keep)
+    if calibration is not None and (key_channels is not None or key_recent or exact_prefill):
+        raise BadInput("--calibrate-keys serves whole keys; leave out --key-channels, --key-recent and --exact-prefill")
     keys = ThinKeys(
-        key_keep=key_keep,
+        key_keep=key_keep if calibration is None else 1.0,
         channels=key_channels,
         recent=key_recent,
         exact_prefill=exact_prefill,
         kernel=kernel,  # type: ignore[arg-type]  # checked there
     )
-    request = ServeRequest(model=model, keys=keys, options=tuple(context.args), metrics_port=metrics_port)
+    request = ServeRequest(
+        model=model, keys=keys, calibration=calibration, options=tuple(context.args), metrics_port=metrics_port
+    )
     plan = check(request)
 
     def say(text: str) -> None:

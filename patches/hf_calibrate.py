@@ -14,7 +14,7 @@ from memopt.errors import BadInput
 from memopt.kv.channel_file import ModelIdentity
 from memopt.kv.channels import channel_scores
 from memopt.kv.joint import drop_order, set_errors
-from memopt.kv.score_sums import MeanScores
+from memopt.kv.score_sums import RECENT, MeanScores
 from memopt.kv.settings import Score
 from memopt.kv.window import observe
 from memopt.patches.hf_attention import Stock, ThinKeys, attach
@@ -61,7 +61,7 @@ def score_channels(
     *,
     observation: int | None = None,
     score: Score = "joint",
-    recent: int = 32,
+    recent: int = RECENT,
     on_window: Callable[[int], None] | None = None,
 ) -> tuple[ModelIdentity, dict[int, Tensor], int]:
     """The model's identity, a score of every key channel by layer, (K, D) float64, and the tokens seen.

@@ -1,124 +1,150 @@
-"""Scores of key channels from a vLLM engine that serves as it always does: whole keys, its own attention kernels.
+"""What key channels are worth to a vLLM engine that serves as it always does: whole keys, its own attention kernels.
 
-Only `Attention.__init__` is wrapped: each layer's implementation is watched as it is called, whatever its backend.
-vLLM tells neither when a request begins nor which it is, so a request is known by its first block: a row without
-context begins one, rows with context continue it. The engine must therefore compute every prompt (no prefix caching)
-and call Python for every step (no CUDA graphs).
+`Attention.__init__` is wrapped, so that each layer's implementation is watched as it is called, whatever its backend.
+What is scored is a prompt's first step: a row without context has its queries and all the keys they look at in that
+call, and memopt.kv.joint can be asked as it is in a cache that chooses for each prompt. That is the whole prompt, or
+its first chunk; steps with context are left out. What an engine computes to warm up is nobody's prompt and not heard.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memopt.errors import BadInput
-from memopt.kv.score_sums import MeanScores, PromptEnergy
-
-_LIVE = 1024
-"""Requests of a layer whose energies are kept apart; the longest idle are taken for ended, more never run at once."""
+from memopt.kv.joint import drop_order, observe_spread, set_errors
+from memopt.kv.score_sums import LEAST_TOKENS, RECENT, MeanScores
+from memopt.kv.window import observe
+from memopt.patches.vllm_guard import refuse
 
 
 class Recorder:
-    """Energies of the requests under way, and the mean scores of those that ended. Safe to read while serving."""
+    """Errors of sets of channels, averaged over the prompts that were heard. Safe to read while serving.
 
-    def __init__(self, *, observation: int | None = None, live: int = _LIVE) -> None:
-        self._observation, self._live = observation, live
-        self._requests: dict[int, OrderedDict[int, PromptEnergy]] = {}
-        self._means = MeanScores()
+    `observation`: only a window's last so many queries count. `asked`: at most so many of them, evenly apart, which
+    bounds what a long prompt costs. Neither: all.
+    """
+
+    def __init__(self, *, observation: int | None = None, asked: int | None = None) -> None:
+        self._observation, self._asked = observation, asked
+        self._errors = MeanScores()
+        self._heard: dict[int, tuple[int, int]] = {}  # prompts and tokens, by layer
         self._lock = threading.Lock()
-        self._rows: tuple[Any, list[tuple[int, int, int, int]]] = (None, [])
-        self.dtype = torch.float32
-        self.tokens = 0
-        """Seen by the layer that saw most, of the requests that count."""
-        self._seen: dict[int, int] = {}
+        self._rows: tuple[Any, list[tuple[int, int]]] = (None, [])
+        self._on = False
+        self._dtype = torch.float32
+        self.layers: set[int] = set()
+        """Whose steps are shown to it."""
 
-    def add(self, layer: int, query: Tensor, key: Tensor, metadata: Any) -> None:
+    def start(self) -> None:
+        """What is computed from now on is somebody's prompt."""
+        self._on = True
+
+    def add(self, layer: int, query: Tensor, key: Tensor, scale: float, metadata: Any) -> None:
         """Watch one layer compute one step: query (T, H, D), key (T, K, D); `metadata` is its backend's."""
+        if not self._on:
+            return
         with self._lock:
-            self.dtype = query.dtype
-            requests = self._requests.setdefault(layer, OrderedDict())
-            for block, begin, end, tokens in self._spans(metadata):
-                context = tokens - (end - begin)
-                energy = requests.pop(block, None)
-                if context == 0 and energy is not None:
-                    self._end(layer, energy)
-                if context == 0:
-                    energy = PromptEnergy(self._observation)
-                if energy is None or energy.tokens != context:
-                    continue  # its beginning was not seen
-                energy.add(query[begin:end], key[begin:end])
-                requests[block] = energy
-            while len(requests) > self._live:
-                self._end(layer, requests.popitem(last=False)[1])
+            self._dtype = query.dtype
+            for begin, end in self._prompts(metadata):
+                # (1, H, T, D), (1, K, T, D)
+                asking, looked_at = (states[begin:end].transpose(0, 1)[None] for states in (query, key))
+                if self._asked is None:
+                    window = observe(asking, None, 0, self._observation or end - begin)
+                else:
+                    window = observe_spread(asking, None, 0, self._asked)
+                errors = set_errors(window, looked_at, None, scaling=scale, recent=RECENT)
+                self._errors.add(layer, errors[0])
+                prompts, tokens = self._heard.get(layer, (0, 0))
+                self._heard[layer] = prompts + 1, tokens + end - begin
 
-    def finish(self) -> None:
-        """All requests have ended."""
+    @property
+    def prompts(self) -> int:
+        """Heard by every layer that heard any."""
         with self._lock:
-            for layer, requests in self._requests.items():
-                while requests:
-                    self._end(layer, requests.popitem(last=False)[1])
+            return min((prompts for prompts, _ in self._heard.values()), default=0)
 
-    def forget(self) -> None:
-        """Drop everything: what an engine computes to warm up is nobody's prompt."""
+    def scores(self) -> tuple[dict[int, Tensor], int]:
+        """By layer, (K, D): the turn in which a greedy choice drops the channel, and the tokens heard.
+
+        Raises:
+            BadInput: no prompt, or errors that are not finite.
+        """
         with self._lock:
-            self._requests.clear()
-            self._means, self._seen, self.tokens = MeanScores(), {}, 0
+            means = self._errors.means(self._dtype)
+            tokens = max(tokens for _, tokens in self._heard.values())
+        return {layer: drop_order(mean, mean.shape[-1]) for layer, mean in means.items()}, tokens
 
-    def means(self) -> dict[int, Tensor]:
-        """Mean scores of the requests that ended, by layer, (K, D) float64; raises BadInput when there are none."""
-        with self._lock:
-            return self._means.means(self.dtype)
-
-    def _end(self, layer: int, energy: PromptEnergy) -> None:
-        self._means.add(layer, energy.scores())
-        self._seen[layer] = self._seen.get(layer, 0) + energy.tokens
-        self.tokens = max(self._seen.values())
-
-    def _spans(self, metadata: Any) -> list[tuple[int, int, int, int]]:
-        """(first block, begin, end, tokens in all) of each request of the step; layers of a group share them."""
+    def _prompts(self, metadata: Any) -> list[tuple[int, int]]:
+        """(begin, end) of each row of the step that has no context; layers of a group share them."""
         known, spans = self._rows
-        if known is metadata:
-            return spans
-        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        blocks = metadata.block_table[:, 0].tolist()
-        # block 0 is nobody's: rows of a warm-up
-        spans = [
-            (block, begin, end, tokens)
-            for block, begin, end, tokens in zip(blocks, starts, starts[1:], lengths, strict=False)
-            if end > begin and block > 0
-        ]
-        self._rows = (metadata, spans)
+        if known is not metadata:
+            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+            spans = [
+                (begin, end)
+                for begin, end, tokens in zip(starts, starts[1:], lengths, strict=False)
+                if end - begin == tokens >= LEAST_TOKENS
+            ]
+            self._rows = (metadata, spans)
         return spans
 
 
-def watch(recorder: Recorder) -> Callable[[], None]:
+def watch(recorder: Recorder, on_start: Callable[[Any], Callable[[], None]] | None = None) -> Callable[[], None]:
     """Watch every attention layer that is made from now on in this process; call the result to stop.
 
     Layers with a sliding window, of an encoder, or that read another layer's cache are left out, since they are never
-    pruned.
+    pruned. `on_start` is shown vLLM's configuration when a worker is ready in this process; what it returns is
+    called before that worker ends.
     """
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.models.utils import extract_layer_index
+    from vllm.v1.worker.worker_base import WorkerBase
 
-    original = Attention.__init__
+    made, begun = Attention.__init__, WorkerBase.__init__
 
-    @functools.wraps(original)
+    @functools.wraps(made)
     def watched(self: Any, *args: Any, **options: Any) -> None:
         check_config(get_current_vllm_config())
-        original(self, *args, **options)
+        made(self, *args, **options)
         shared = self.kv_sharing_target_layer_name is not None
         if self.attn_type == "decoder" and self.sliding_window is None and not shared:
             _observe(self.impl, extract_layer_index(self.layer_name), recorder)
 
-    Attention.__init__ = watched
-    return lambda: setattr(Attention, "__init__", original)
+    @functools.wraps(begun)
+    def beginning(self: Any, *args: Any, **options: Any) -> None:
+        begun(self, *args, **options)
+        warm_up = self.compile_or_warm_up_model
+
+        def warmed_up() -> Any:
+            done = warm_up()
+            recorder.start()
+            if on_start is not None:
+                _before(self, "shutdown", on_start(self.vllm_config))
+            return done
+
+        self.compile_or_warm_up_model = warmed_up  # of this worker, whatever its class
+
+    Attention.__init__, WorkerBase.__init__ = watched, beginning
+
+    def undo() -> None:
+        Attention.__init__, WorkerBase.__init__ = made, begun
+
+    return undo
+
+
+def _before(worker: Any, name: str, call: Callable[[], None]) -> None:
+    method = getattr(worker, name)
+
+    def both() -> Any:
+        call()
+        return method()
+
+    setattr(worker, name, both)
 
 
 def check_config(config: Any) -> None:
@@ -127,20 +153,19 @@ def check_config(config: Any) -> None:
     ways = [f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data", "decode_context", "prefill_context")]
     for name in ways:
         if getattr(parallel, name, 1) > 1:
-            raise BadInput(f"{name} above 1: each worker sees only its share; calibrate with 1 (any server may use it)")
-    if config.cache_config.enable_prefix_caching:
-        raise BadInput("prefix caching skips the prompts that calibration must see; --no-enable-prefix-caching")
+            raise refuse(f"{name} above 1: each worker sees only its share; calibrate with 1 (any server may use it)")
     if not config.model_config.enforce_eager:
-        raise BadInput("CUDA graphs run without being seen; calibrate with --enforce-eager")
+        raise refuse("CUDA graphs run without being seen; calibrate with --enforce-eager")
 
 
 def _observe(impl: Any, layer: int, recorder: Recorder) -> None:
+    recorder.layers.add(layer)
     forward = impl.forward
 
     @functools.wraps(forward)
     def observed(module: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, **rest: Any) -> Any:
         if attn_metadata is not None:
-            recorder.add(layer, query, key, attn_metadata)
+            recorder.add(layer, query, key, impl.scale, attn_metadata)
         return forward(module, query, key, value, kv_cache, attn_metadata, **rest)
 
     impl.forward = observed

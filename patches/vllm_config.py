@@ -22,7 +22,9 @@ _EXACT_PREFILL = "MEMOPT_VLLM_EXACT_PREFILL"
 _KERNEL = "MEMOPT_VLLM_KERNEL"
 RECEIPT = "MEMOPT_VLLM_RECEIPT"
 """Where the engine writes what it found (patches/vllm_guard.py); set by `memopt serve`."""
-VARIABLES = (_KEEP, _CHANNELS, _RECENT, _EXACT_PREFILL, _KERNEL, RECEIPT)
+_CALIBRATE = "MEMOPT_VLLM_CALIBRATE"
+_CALIBRATE_KEEP = "MEMOPT_VLLM_CALIBRATE_KEEP"
+VARIABLES = (_KEEP, _CHANNELS, _RECENT, _EXACT_PREFILL, _KERNEL, _CALIBRATE, _CALIBRATE_KEEP, RECEIPT)
 _PREFIX = "MEMOPT_VLLM_"
 
 
@@ -75,14 +77,35 @@ class ThinKeys:
         return given
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> ThinKeys | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A server that keeps its keys whole, and writes to `path` which `keep` of their channels its prompts ask for."""
+
+    path: Path
+    keep: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise BadInput(f"key_keep: {self.keep} is not in (0, 1]; 0.6 keeps 60% of the key channels")
+
+    def environment(self) -> dict[str, str]:
+        """The variables that carry this to another process."""
+        return {_CALIBRATE: str(self.path.absolute()), _CALIBRATE_KEEP: repr(self.keep)}
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> ThinKeys | Calibration | None:
     """What the variables ask for; None when there are none. Raises BadInput for what cannot be read."""
-    given = {name for name in environment if name.startswith(_PREFIX)}
-    if not given - {RECEIPT}:
+    given = {name for name in environment if name.startswith(_PREFIX)} - {RECEIPT}
+    if not given:
         return None
     unknown = sorted(given - set(VARIABLES))
     if unknown:
         raise BadInput(f"{unknown[0]} is not known; the variables are {', '.join(VARIABLES)}")
+    if _CALIBRATE in given:
+        more = sorted(given - {_CALIBRATE, _CALIBRATE_KEEP})
+        if more:
+            raise BadInput(f"{more[0]} and {_CALIBRATE} are both set, but who calibrates prunes nothing; unset one")
+        return Calibration(path=Path(environment[_CALIBRATE]), keep=_number(environment, _CALIBRATE_KEEP))
     if _KEEP not in given:
         raise BadInput(f"{sorted(given)[0]} is set but {_KEEP} is not; set it to the share of key channels to keep")
     channels = environment.get(_CHANNELS)
@@ -96,10 +119,11 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ThinKeys | 
 
 
 def _number(environment: Mapping[str, str], name: str) -> float:
+    text = environment.get(name, "")
     try:
-        return float(environment[name])
+        return float(text)
     except ValueError:
-        raise BadInput(f"{name}: {environment[name]!r} is not a number; 0.6 keeps 60% of the key channels") from None
+        raise BadInput(f"{name}: {text!r} is not a number; 0.6 keeps 60% of the key channels") from None
 
 
 def _whole(environment: Mapping[str, str], name: str) -> int:
@@ -112,6 +136,6 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 def configured() -> ThinKeys:
     """What the variables ask for, where the plugin is already at work."""
     keys = from_environment()
-    if keys is None:
+    if not isinstance(keys, ThinKeys):
         raise BadInput(f"{_KEEP} is no longer set in this process, but memopt's attention backend is in use")
     return keys

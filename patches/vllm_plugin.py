@@ -1,9 +1,10 @@
 """memopt's vLLM plugin: KV pages whose keys are really thinner, in a vLLM that is otherwise as it was installed.
 
 The entry point `register` (group `vllm.general_plugins`) runs in every process that vLLM starts. Without the variables
-of `vllm_config` it does nothing. With them it registers an attention backend, which is vLLM's own extension point, and
-wraps two functions: `Attention.__init__`, to check each layer and to give it the pages of the recent window, and
-`get_kv_cache_configs`, to check what the engine is about to count. `unregister` takes all of it back.
+of `vllm_config` it does nothing, and to calibrate it only watches (vllm_live). For thin keys it registers an attention
+backend, which is vLLM's own extension point, and wraps two functions: `Attention.__init__`, to check each layer and to
+give it the pages of the recent window, and `get_kv_cache_configs`, to check what the engine is about to count.
+`unregister` takes all of it back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from memopt.errors import BadInput
-from memopt.patches.vllm_config import ThinKeys, from_environment
+from memopt.patches.vllm_config import Calibration, ThinKeys, from_environment
 
 TESTED = "0.32"
 """The vLLM this was written for: `customize_spec` and the page layout are not promised to stay from one to the next."""
@@ -27,6 +28,7 @@ SEAMS = (
     ("vllm.v1.attention.backends.triton_attn_diffkv", "TritonAttentionDiffKVImpl.do_kv_cache_update"),
     ("vllm.v1.core.kv_cache_utils", "get_kv_cache_configs"),
     ("vllm.v1.core.single_type_kv_cache_manager", "SlidingWindowManager.remove_skipped_blocks"),
+    ("vllm.v1.worker.worker_base", "WorkerBase.compile_or_warm_up_model"),
     ("vllm.v1.kv_cache_interface", "SlidingWindowSpec.max_admission_blocks_per_request"),
     ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
     ("vllm.model_executor.layers.attention", "Attention.get_kv_cache_spec"),
@@ -47,6 +49,11 @@ def register() -> None:
     if keys is None or _undo:
         return
     check_version()
+    if isinstance(keys, Calibration):
+        from memopt.patches import vllm_live
+
+        _undo.append(vllm_live.install(keys))
+        return
     from vllm.logger import init_logger
     from vllm.v1.attention.backends.registry import register_backend
 

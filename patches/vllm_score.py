@@ -1,4 +1,4 @@
-"""Scores of key channels from an offline vLLM engine in this process: stock attention, whole keys, chunked prompts."""
+"""Scores of key channels from an offline vLLM engine in this process: stock attention, whole keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_calibrate import Recorder, watch
 
 _AT_ONCE = 8
-"""Windows that are computed together, where the cache holds them; one more chunk than that adds nothing."""
+"""Windows that are computed together, where the cache holds them; more would add nothing."""
+_STEP_TOKENS = 2048
 _IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -30,7 +31,7 @@ def score_channels(
     on_window: Callable[[int], None] | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[ModelIdentity, dict[int, Tensor], int]:
-    """What memopt.patches.hf_calibrate.score_channels gives with score="think", computed by vLLM.
+    """What memopt.patches.hf_calibrate.score_channels gives, computed by vLLM.
 
     `options`: more of its engine's.
 
@@ -51,13 +52,15 @@ def score_channels(
             engine = LLM(
                 model=str(model),
                 max_model_len=seq_len + 1,  # vLLM does not take a prompt without room for an answer
-                enforce_eager=True,
+                # a window's queries and keys are all seen where it is computed whole, in one step
+                max_num_batched_tokens=max(_STEP_TOKENS, seq_len + 1),
+                enable_chunked_prefill=False,
                 enable_prefix_caching=False,
+                enforce_eager=True,
                 disable_log_stats=True,
                 max_num_seqs=_AT_ONCE,
                 **(options or {}),
             )
-            recorder.forget()
             cache = engine.llm_engine.vllm_config.cache_config
             # as many as the cache holds: a prompt that made room for another would be computed, and counted, twice
             blocks = -(-(seq_len + 1) // cache.block_size)
@@ -66,7 +69,6 @@ def score_channels(
             while group := list(islice(rest, together)):
                 given = [TokensPrompt(prompt_token_ids=window.tolist()) for window in group]
                 engine.generate(given, sampling, use_tqdm=False)
-                recorder.finish()
                 for window in group:
                     tokens += len(window)
                     if on_window is not None:
@@ -74,10 +76,10 @@ def score_channels(
             config = engine.llm_engine.vllm_config.model_config.hf_config
         finally:
             undo()
-    means = recorder.means()
-    if recorder.tokens != tokens:
-        raise BadInput(f"{recorder.tokens} of {tokens} tokens were seen in vLLM's attention; calibrate with engine hf")
-    return identity_of(config, weights=stored_digest(model)), means, tokens
+    scores, heard = recorder.scores()
+    if heard != tokens:
+        raise BadInput(f"{heard} of {tokens} tokens were seen in vLLM's attention; calibrate with engine hf")
+    return identity_of(config, weights=stored_digest(model)), scores, tokens
 
 
 @contextlib.contextmanager

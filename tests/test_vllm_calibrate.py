@@ -1,8 +1,9 @@
-"""Key channels scored by a vLLM engine, against those that transformers scores on the same windows."""
+"""Key channels scored by a vLLM engine and by a server's traffic, against those of transformers on the same tokens."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from memopt.errors import BadInput
-from memopt.kv.channel_file import load_channels
-from memopt.kv.channels import channel_scores
+from memopt.kv.channel_file import ModelIdentity, load_channels
+from memopt.kv.joint import drop_order, observe_spread, set_errors
+from memopt.kv.window import observe
 from memopt.patches.vllm_calibrate import Recorder, check_config
+from memopt.patches.vllm_config import Calibration
+from memopt.patches.vllm_live import LiveFile
 from tests.vllm_helpers import ROOT, Setup, clean_environment, make_setup
 
 pytestmark = pytest.mark.vllm
@@ -23,6 +28,9 @@ needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed; make test-vllm"
 )
 
+MODEL = ModelIdentity(
+    model_type="llama", layers=4, heads=4, kv_heads=2, head_dim=32, hidden_size=128, vocab_size=9, rope_theta=1e4
+)
 CODE = """
 import sys
 import torch
@@ -30,8 +38,8 @@ from pathlib import Path
 from memopt.patches.vllm_score import score_channels
 found = []
 windows = torch.load(sys.argv[2])
-for observation, chunk in ((None, 64), (9, 256)):
-    options = {"dtype": "float32", "kv_cache_memory_bytes": 2**26, "max_num_batched_tokens": chunk}
+for observation in (None, 9):
+    options = {"dtype": "float32", "kv_cache_memory_bytes": 2**26}
     asked = {"seq_len": 200, "observation": observation, "options": options}
     _, scores, tokens = score_channels(Path(sys.argv[1]), windows, **asked)
     found.append((scores, tokens))
@@ -47,7 +55,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of transformers as vLLM wants it
-def test_scores_are_those_of_transformers_with_prompts_in_chunks(setup: Setup, tmp_path: Path) -> None:
+def test_scores_are_those_of_transformers(setup: Setup, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from memopt.patches.hf_calibrate import score_channels
@@ -61,11 +69,11 @@ def test_scores_are_those_of_transformers_with_prompts_in_chunks(setup: Setup, t
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32).eval()
     for observation, (scores, tokens) in zip((None, 9), torch.load(result), strict=True):
-        _, expected, counted = score_channels(model, windows, observation=observation, score="think")
+        _, expected, counted = score_channels(model, windows, observation=observation)
         assert tokens == counted == sum(map(len, windows))
         assert sorted(scores) == sorted(expected)
-        for layer, mean in expected.items():
-            torch.testing.assert_close(scores[layer], mean, rtol=1e-4, atol=0)
+        for layer, turns in expected.items():
+            assert torch.equal(scores[layer], turns), "each channel is dropped in the same turn"
 
 
 @needs_vllm
@@ -88,36 +96,43 @@ def test_the_command_writes_a_file_of_this_model(setup: Setup, tmp_path: Path) -
     assert made.model.weights
 
 
-def step(*rows: tuple[int, int, int]) -> Any:
-    """Metadata of a step: (first block, new tokens, tokens in all) of each row."""
-    starts = torch.tensor([0, *torch.tensor([new for _, new, _ in rows]).cumsum(0)])
-    table = torch.tensor([[block] for block, _, _ in rows])
-    lengths = torch.tensor([tokens for _, _, tokens in rows])
-    return SimpleNamespace(query_start_loc=starts, seq_lens=lengths, block_table=table)
+def step(*rows: tuple[int, int]) -> Any:
+    """Metadata of a step: (new tokens, tokens in all) of each row."""
+    starts = torch.tensor([0, *torch.tensor([new for new, _ in rows]).cumsum(0)])
+    return SimpleNamespace(query_start_loc=starts, seq_lens=torch.tensor([tokens for _, tokens in rows]))
 
 
-@pytest.mark.parametrize("observation", [None, 4])
-def test_requests_are_told_apart_by_their_first_block(observation: int | None) -> None:
+@pytest.mark.parametrize(("observation", "asked"), [(None, None), (4, None), (None, 8)])
+def test_the_first_steps_of_prompts_are_scored_and_nothing_else(observation: int | None, asked: int | None) -> None:
     draw = torch.Generator().manual_seed(1)
-    prompts = [tuple(torch.randn(n, heads, 8, generator=draw) for heads in (4, 2)) for n in (7, 10, 5)]
-    recorder = Recorder(observation=observation)
+    prompts = [tuple(torch.randn(n, heads, 8, generator=draw) for heads in (4, 2)) for n in (40, 57, 70)]
+    noise = tuple(torch.randn(30, heads, 8, generator=draw) for heads in (4, 2))
+    recorder = Recorder(observation=observation, asked=asked)
 
-    def seen(metadata: Any, *parts: tuple[int, int, int]) -> None:
-        query, key = (torch.cat([prompts[i][which][a:b] for i, a, b in parts]) for which in (0, 1))
-        recorder.add(3, query, key, metadata)
+    def seen(metadata: Any, *parts: tuple[Tensor, ...]) -> None:
+        query, key = (torch.cat([part[which] for part in parts]) for which in (0, 1))
+        recorder.add(3, query, key, 8**-0.5, metadata)
 
-    recorder.add(3, torch.ones(4, 4, 8), torch.ones(4, 2, 8), step((0, 4, 4)))  # a warm-up: block 0 is nobody's
-    seen(step((5, 3, 3), (2, 6, 6)), (0, 0, 3), (1, 0, 6))
-    seen(step((2, 4, 10), (5, 4, 7)), (1, 6, 10), (0, 3, 7))
-    seen(step((5, 5, 5)), (2, 0, 5))  # the first block of the first request is another's now
-    recorder.add(3, torch.ones(2, 4, 8), torch.ones(2, 2, 8), step((9, 2, 30)))  # its beginning was not seen
-    recorder.finish()
-    want = torch.zeros(2, 8)
+    seen(step((40, 40)), prompts[0])  # a warm-up: nobody listens yet
+    recorder.start()
+    with pytest.raises(BadInput, match="no text to calibrate on"):
+        recorder.scores()
+    shortest = tuple(each[:15] for each in noise)
+    seen(step((40, 40), (30, 31), (57, 57)), prompts[0], noise, prompts[1])  # beside a chunk that has context
+    seen(step((15, 15), (70, 70)), shortest, prompts[2])  # beside a prompt that is too short to say anything
+    assert recorder.prompts == 3
+    errors = torch.zeros(2, 8, 8)
     for query, key in prompts:
-        observed = query if observation is None else query[-observation:]
-        want += channel_scores(observed.transpose(0, 1)[None], key.transpose(0, 1)[None])[0] / 3
-    torch.testing.assert_close(recorder.means()[3].float(), want, rtol=1e-5, atol=0)
-    assert recorder.tokens == 22
+        asking, looked_at = (states.transpose(0, 1)[None] for states in (query, key))
+        window = (
+            observe(asking, None, 0, observation or len(key))
+            if asked is None
+            else observe_spread(asking, None, 0, asked)
+        )
+        errors += set_errors(window, looked_at, None, scaling=8**-0.5, recent=32)[0] / 3
+    scores, tokens = recorder.scores()
+    assert tokens == 167
+    assert torch.equal(scores[3].float(), drop_order(errors, 8))
 
 
 @pytest.mark.parametrize(
@@ -125,16 +140,43 @@ def test_requests_are_told_apart_by_their_first_block(observation: int | None) -
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size above 1"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size above 1"),
-        ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ({"enforce_eager": False}, "--enforce-eager"),
     ],
 )
 def test_engines_that_cannot_be_watched_are_refused(changed: dict[str, Any], words: str) -> None:
     def config(**given: Any) -> Any:
-        values = {"enable_prefix_caching": False, "enforce_eager": True} | given
-        one = SimpleNamespace(**values)
-        return SimpleNamespace(parallel_config=one, cache_config=one, model_config=one)
+        one = SimpleNamespace(**{"enforce_eager": True} | given)
+        return SimpleNamespace(parallel_config=one, model_config=one)
 
     check_config(config())
     with pytest.raises(BadInput, match=words):
         check_config(config(**changed))
+
+
+def test_the_file_grows_with_what_was_heard(tmp_path: Path) -> None:
+    recorder, path = Recorder(), tmp_path / "keys.safetensors"
+    recorder.start()
+    file = LiveFile(recorder, Calibration(path=path, keep=0.5), MODEL)
+    file.save()
+    assert not path.exists(), "nothing was heard"
+    for tokens in (20, 50):
+        recorder.add(3, torch.randn(20, 4, 32), torch.randn(20, 2, 32), 0.2, step((20, 20)))
+        recorder.add(3, torch.randn(30, 4, 32), torch.randn(30, 2, 32), 0.2, step((30, 30)))
+        file.save()
+        assert load_channels(path, MODEL).tokens == (50 if tokens == 20 else 100)
+    recorder.add(3, torch.randn(16, 4, 32), torch.randn(16, 2, 32), 0.2, step((16, 16)))
+    file.close()
+    sets = load_channels(path, MODEL)
+    assert (sets.tokens, sets.count, sets.keep) == (116, 16, 0.5)
+
+
+def test_a_place_that_cannot_be_written_does_not_stop_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder()
+    recorder.start()
+    recorder.add(3, torch.randn(20, 4, 32), torch.randn(20, 2, 32), 0.2, step((20, 20)))
+    file = LiveFile(recorder, Calibration(path=tmp_path / "gone" / "keys", keep=0.5), MODEL)
+    with caplog.at_level(logging.WARNING, logger="vllm.memopt"):
+        file.close()
+    assert "cannot be written" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from memopt.kv.channel_file import load_channels, save_channels
+from memopt.kv.joint import ASKED
+from memopt.patches.hf_identity import identity_of
 from tests.vllm_helpers import ROOT, Setup, clean_environment, make_setup, write_channels
 
 pytestmark = [
@@ -75,13 +80,12 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, env=given)
 
 
-@pytest.fixture(scope="module")
-def server(setup: Setup) -> Iterator[Running]:
-    port = free_port()
-    log = setup.directory / "vllm.log"
+@contextlib.contextmanager
+def serving(arguments: list[str], port: int, log: Path) -> Iterator[Running]:
+    """A server, from when memopt says that it serves; ended as a person ends one."""
     with log.open("w") as out:
         process = subprocess.Popen(
-            command(setup, "--metrics-port", "0", port=port),
+            arguments,
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.PIPE,
@@ -89,7 +93,7 @@ def server(setup: Setup) -> Iterator[Running]:
             env=clean_environment() | {"VLLM_PLUGINS": "nothing-else"},
         )
         assert process.stderr is not None
-        said = []
+        said: list[str] = []
         for line in process.stderr:
             if line.startswith("memopt:"):
                 said.append(line.strip())
@@ -100,8 +104,17 @@ def server(setup: Setup) -> Iterator[Running]:
             yield Running(process, port, said)
         finally:
             process.send_signal(signal.SIGTERM)
+            # what vLLM's processes leave behind may lack its end of line
+            said += ["memopt:" + line.split("memopt:")[-1].strip() for line in process.stderr if "memopt:" in line]
             process.stderr.close()
             process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(setup: Setup) -> Iterator[Running]:
+    port = free_port()
+    with serving(command(setup, "--metrics-port", "0", port=port), port, setup.directory / "vllm.log") as running:
+        yield running
 
 
 @pytest.mark.slow
@@ -133,9 +146,39 @@ def test_a_second_server_on_the_port_is_refused_at_once(server: Running, setup: 
     assert "choose another port" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of transformers as vLLM wants it
+def test_a_server_calibrates_by_its_own_traffic(setup: Setup, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from memopt.kv.channels import choose
+    from memopt.patches.hf_calibrate import score_channels
+
+    port, out = free_port(), tmp_path / "keys.safetensors"
+    arguments = [*PROGRAM, "serve", str(setup.model), "--calibrate-keys", str(out), "--key-keep", "0.5", "--"]
+    prompts = [ids for ids in setup.prompts() if 16 <= len(ids) <= ASKED]  # every query of these is asked
+    assert len(prompts) == 2
+    with serving([*arguments, *options(port)], port, tmp_path / "vllm.log") as running:
+        assert "serving whole keys" in running.said[-1]
+        name = _name(running)
+        for ids in [*prompts, [7, 8, 9]]:  # the last is too short to say anything
+            get(f"http://127.0.0.1:{port}/v1/completions", {"model": name, "prompt": ids, "max_tokens": 3})
+        tokens, deadline = sum(map(len, prompts)), time.monotonic() + 30
+        while not (out.exists() and load_channels(out).tokens == tokens):
+            assert time.monotonic() < deadline, "the file is written while the server serves"
+            time.sleep(0.1)
+    assert running.said[-1].endswith(f"32 of 64 key channels, by {tokens} tokens of prompts")
+    model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32).eval()
+    sets = load_channels(out, identity_of(model.config))
+    assert (sets.tokens, sets.keep, sorted(sets.keys)) == (tokens, 0.5, [0, 1])
+    _, scores, _ = score_channels(model, [torch.tensor(ids) for ids in prompts])
+    assert all(torch.equal(kept, choose(scores[layer], 32)) for layer, kept in sets.keys.items())
+
+
 @pytest.mark.parametrize(
     ("given", "keep", "words"),
     [
+        (["--calibrate-keys", "out"], "0.5", "leave out --key-channels"),
         ([], "1.5", "not in (0, 1]"),
         ([], "0.6", "calibrated for a share of 0.5"),
         (["--exact-prefill"], "0.5", "recent window"),
@@ -188,8 +231,6 @@ def test_a_model_with_sliding_windows_is_refused(setup: Setup, tmp_path: Path) -
     MistralConfig(**sizes, vocab_size=300, sliding_window=32).save_pretrained(tmp_path)
     os.link(setup.model / "model.safetensors", tmp_path / "model.safetensors")
     from transformers import AutoConfig
-
-    from memopt.patches.hf_identity import identity_of
 
     path = tmp_path / "keys.safetensors"
     write_channels(path, 0.5, replace(identity_of(AutoConfig.from_pretrained(tmp_path)), head_dim=16), count=8)

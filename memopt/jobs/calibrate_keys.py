@@ -16,11 +16,10 @@ from memopt.jobs.data_sources import read_records
 from memopt.jobs.tokenizing import Encoder, checked_vocabulary, load_tokenizer
 from memopt.kv.channel_file import ChannelSets, save_channels
 from memopt.kv.channels import choose, kept_count
+from memopt.kv.score_sums import LEAST_TOKENS
 from memopt.patches.hf_files import resolve_checkpoint
 
 Engine = Literal["hf", "vllm"]
-_LEAST_TOKENS = 16
-"""Shorter windows say nothing about a context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +48,7 @@ def calibrate_keys(
 ) -> Calibrated:
     """Average what channels are worth over windows of `data`, choose `keep` of every KV head's, write `out`.
 
-    With engine "hf" the choice is that of memopt.kv.joint, as in a cache that chooses for each prompt, over all windows
-    together. With engine "vllm" it is by the published score, channel by channel: an engine's chunks show queries and
-    keys, but not what a whole prompt's queries attend to.
+    The choice is that of memopt.kv.joint, as in a cache that chooses for each prompt, over all windows together.
 
     The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
     last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`
@@ -62,9 +59,9 @@ def calibrate_keys(
     Raises:
         BadInput: settings, model or data that cannot be used; data without text.
     """
-    for name, value in (("windows", windows), ("seq_len", seq_len - _LEAST_TOKENS + 1), ("multiple", multiple)):
+    for name, value in (("windows", windows), ("seq_len", seq_len - LEAST_TOKENS + 1), ("multiple", multiple)):
         if value < 1:
-            raise BadInput(f"{name} is too small; {name} >= {_LEAST_TOKENS if name == 'seq_len' else 1}")
+            raise BadInput(f"{name} is too small; {name} >= {LEAST_TOKENS if name == 'seq_len' else 1}")
     if observation is not None and observation < 1:
         raise BadInput(f"observation = {observation}: at least one query must choose the channels")
     if engine not in get_args(Engine):
@@ -108,7 +105,7 @@ def calibrate_keys(
     except BadInput as error:
         if used:
             raise
-        raise BadInput(f"data {data}: {error} (at least {_LEAST_TOKENS} tokens in one document)") from error
+        raise BadInput(f"data {data}: {error} (at least {LEAST_TOKENS} tokens in one document)") from error
     identity, scores, tokens = found
     wanted = kept_count(identity.head_dim, keep, multiple=multiple)
     sets = ChannelSets(
@@ -125,7 +122,7 @@ def _windows(
     given, document = 0, torch.empty(0, dtype=torch.long)
     for piece in checked_vocabulary(Encoder(tokenizer).encode(read_records(data)), vocabulary):
         if piece.first:
-            if len(document) >= _LEAST_TOKENS:
+            if len(document) >= LEAST_TOKENS:
                 yield document
                 given += 1
             document = document[:0]
@@ -135,7 +132,7 @@ def _windows(
             document, given = document[seq_len:], given + 1
         if given >= limit:
             return
-    if len(document) >= _LEAST_TOKENS:
+    if len(document) >= LEAST_TOKENS:
         yield document
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import BadInput, MemoptError
-from memopt.kv.channel_file import ChannelSets, check_same_model
+from memopt.kv.channel_file import ChannelSets, check_same_model, load_channels
+from memopt.kv.score_sums import LEAST_TOKENS
 from memopt.patches.hf_checkpoint import load_config
 from memopt.patches.hf_files import checkpoint_files, resolve_checkpoint
 from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_channels import sets_of
-from memopt.patches.vllm_config import RECEIPT, VARIABLES, ThinKeys
+from memopt.patches.vllm_config import RECEIPT, VARIABLES, Calibration, ThinKeys
 from memopt.patches.vllm_guard import MODEL_RUNNER, Receipt
 from memopt.planning.serving import ServedModel, ServePlan, plan_serving
 from memopt.profiler.prometheus import Metric, Server, exposition
@@ -44,12 +45,21 @@ _STOP_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServeRequest:
-    """What to serve. `options`: vLLM's own, as they were given. `metrics_port`: None: no gauges; 0: a free port."""
+    """What to serve. `options`: vLLM's own, as they were given. `metrics_port`: None: no gauges; 0: a free port.
+
+    With `calibration` the keys are whole, and what the prompts ask of them is recorded.
+    """
 
     model: str
     keys: ThinKeys
+    calibration: Calibration | None = None
     options: tuple[str, ...] = ()
     metrics_port: int | None = None
+
+    @property
+    def patched(self) -> bool:
+        """Whether the plugin has anything to do."""
+        return self.keys.thins or self.calibration is not None
 
     def option(self, *names: str) -> str | None:
         """The last value of a vLLM option, however it is written."""
@@ -62,7 +72,7 @@ class ServeRequest:
 
 
 class NotPruned(MemoptError):
-    """The server came up, but nothing shows that its keys are thin. It was stopped."""
+    """The server came up, but nothing shows that the plugin is at work. It was stopped."""
 
 
 def check(request: ServeRequest) -> ServePlan:
@@ -73,10 +83,14 @@ def check(request: ServeRequest) -> ServePlan:
             keys exclude; a port in use.
     """
     kind = vllm_kind()
+    if request.calibration is not None and not request.calibration.path.parent.is_dir():
+        where = request.calibration.path
+        raise BadInput(f"--calibrate-keys {where}: no such directory {where.parent}; make it first")
     if request.keys.thins:
         _check_options(request)
-        if not any(each.value.startswith("memopt.") for each in entry_points(group="vllm.general_plugins")):
-            raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
+    plugins = entry_points(group="vllm.general_plugins")
+    if request.patched and not any(each.value.startswith("memopt.") for each in plugins):
+        raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
     _check_port(request)
     config = load_config(request.model)
     directory = resolve_checkpoint(request.model)
@@ -126,6 +140,7 @@ def serve(request: ServeRequest, plan: ServePlan, *, on_ready: Callable[[str], N
             stack.callback(gauges.close)
             if on_ready is not None:
                 on_ready(f"memopt's gauges: {gauges.url}")
+        recorded_before = _changed(request)
         child = subprocess.Popen(command(request), env=environment)
         stack.enter_context(_passed_on(child))
         try:
@@ -136,13 +151,18 @@ def serve(request: ServeRequest, plan: ServePlan, *, on_ready: Callable[[str], N
         found = Receipt.load(receipt)
         if found is not None and found.refused:
             raise BadInput(found.refused)
+        if request.calibration is not None and on_ready is not None:
+            on_ready(_recorded(request.calibration, new=_changed(request) != recorded_before))
         return code if code >= 0 else 128 - code
 
 
 def command(request: ServeRequest) -> list[str]:
     """vLLM's own command line."""
     backend = ["--attention-backend", "CUSTOM"] if request.keys.thins and vllm_kind() == "gpu" else []
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", request.model, *request.options, *backend]
+    # CUDA graphs would run without being seen
+    eager = ["--enforce-eager"] if request.calibration is not None else []
+    more = [*request.options, *backend, *eager]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", request.model, *more]
 
 
 def vllm_kind() -> str:
@@ -154,8 +174,9 @@ def vllm_kind() -> str:
 
 def _environment(request: ServeRequest, home: Path, receipt: Path) -> dict[str, str]:
     environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
-    if request.keys.thins:
-        environment |= request.keys.environment() | {RECEIPT: str(receipt)}
+    if request.patched:
+        asked = request.keys if request.calibration is None else request.calibration
+        environment |= asked.environment() | {RECEIPT: str(receipt)}
         if request.keys.exact_prefill:
             environment[MODEL_RUNNER] = "0"  # the plugin refuses the other (patches/vllm_guard.py)
         allowed = environment.get("VLLM_PLUGINS")
@@ -184,16 +205,33 @@ def _until_ready(
             pass
         if _answers(address):
             break
-    if not request.keys.thins:
+    if not request.patched:
         return
     found = Receipt.load(receipt)
     if found is None and request.option("--uds") is None:
         raise NotPruned(
             "the server answers, but memopt's plugin was never heard of in it (does something unset VLLM_PLUGINS or "
-            f"{VARIABLES[0]}?); it was stopped rather than left to serve whole keys"
+            f"{VARIABLES[0]}?); it was stopped rather than left to serve as if it had been"
         )
-    if on_ready is not None and found is not None:
+    if on_ready is None or found is None:
+        return
+    if request.calibration is not None:
+        on_ready(f"serving whole keys; what prompts ask of {found.layers} layers goes to {request.calibration.path}")
+    else:
         on_ready(f"serving {found.kept} of {found.head_size} key channels in {found.layers} layers")
+
+
+def _changed(request: ServeRequest) -> int:
+    """When the file of a calibration was last written, in ns; 0 without one."""
+    path = request.calibration.path if request.calibration is not None else None
+    return path.stat().st_mtime_ns if path is not None and path.exists() else 0
+
+
+def _recorded(asked: Calibration, *, new: bool) -> str:
+    if not new:
+        return f"{asked.path} was not written: no prompt of at least {LEAST_TOKENS} tokens was answered"
+    sets = load_channels(asked.path)
+    return f"{asked.path}: {sets.count} of {sets.model.head_dim} key channels, by {sets.tokens} tokens of prompts"
 
 
 @contextlib.contextmanager
