@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,27 +80,46 @@ def test_recent_window_and_prompts_in_chunks_are_exact(setup: Setup) -> None:
     assert found["blocks"] / plain["blocks"] == pytest.approx(2 / 1.5, rel=0.01)
 
 
-def test_a_server_short_of_blocks_frees_requests_and_ends(setup: Setup) -> None:
-    """8 blocks (1 is nobody's) for seven requests of up to 457 tokens: they wait for each other. (None is preempted:
-    the scheduler's counter stays at zero here.)"""
-    keys = keys_of(setup, 0.625, recent=16, exact_prefill=True)
-    found = setup.run(keys, num_gpu_blocks_override=9, max_model_len=512, max_num_batched_tokens=128)
-    assert [len(each) for each in found["passes"][0]["tokens"]] == [NEW_TOKENS] * len(setup.prompts())
-    assert found["blocks"] == 9
+# every request fits in one block (and one of its window's), and all need another one at once
+@pytest.mark.parametrize(("options", "blocks"), [({}, 5), ({"recent": 16, "exact_prefill": True}, 9)])
+def test_a_preempted_request_is_computed_anew_as_one_prompt(setup: Setup, options: dict[str, Any], blocks: int) -> None:
+    short = replace(setup, lengths=(118, 122, 126, 127), done={})
+    keys = keys_of(setup, 0.5, **options)
+    given = {"num_gpu_blocks_override": blocks, "max_model_len": 256, "max_num_batched_tokens": 1024}
+    found = short.run(keys, disable_log_stats=False, **given)
+    assert found["preemptions"] >= 1
+    # a request is the reference's until it was preempted; what it had generated then belongs to its prompt
+    restarts, begun = 0, dict.fromkeys(range(len(short.prompts())), 0)
+    while begun:
+        prompts = [short.prompts()[i] + found["passes"][0]["tokens"][i][:n] for i, n in begun.items()]
+        tokens, logprobs = _greedy(setup, keys, prompts)
+        left = {}
+        for (i, n), ours, sure in zip(begun.items(), tokens, logprobs, strict=True):
+            one = found["passes"][0]
+            theirs = list(zip(one["tokens"][i][n:], one["logprobs"][i][n:], strict=True))
+            same = [a == c and abs(b - d) < ATOL for a, b, (c, d) in zip(ours, sure, theirs, strict=False)]
+            if not all(same):
+                assert same[0], "wrong from its first token on"
+                left[i] = n + same.index(False)
+        restarts, begun = restarts + len(left), left
+    assert 1 <= restarts <= found["preemptions"]
 
 
 def test_channels_of_another_model_stop_the_engine(setup: Setup, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     path = tmp_path / "other.safetensors"
     write_channels(path, 0.5, replace(load_channels(setup.channels(0.5)).model, vocab_size=999))
     said = setup.fail(ThinKeys(key_keep=0.5, channels=path))
     assert "belongs to another model (vocab_size 999 != 300)" in said
 
 
-def _reference(setup: Setup, keys: ThinKeys, *, chunk: int = 10**6) -> tuple[list[list[int]], list[list[float]]]:
+def _greedy(
+    setup: Setup, keys: ThinKeys, prompts: list[list[int]], *, chunk: int = 10**6
+) -> tuple[list[list[int]], list[list[float]]]:
     from tests.reference.thin_server import greedy
 
     assert keys.channels is not None
-    sets = load_channels(keys.channels)
-    return greedy(setup.model, setup.prompts(), NEW_TOKENS, sets, recent=keys.recent, chunk=chunk)
+    return greedy(setup.model, prompts, NEW_TOKENS, load_channels(keys.channels), recent=keys.recent, chunk=chunk)
+
+
+def _reference(setup: Setup, keys: ThinKeys, *, chunk: int = 10**6) -> tuple[list[list[int]], list[list[float]]]:
+    return _greedy(setup, keys, setup.prompts(), chunk=chunk)

@@ -2,7 +2,7 @@
 
 The plugin is configured by the environment, as in a server. The request: model, engine options, prompts (token ids),
 new tokens. The result: tokens and log-probabilities of two passes (the second may hit the prefix cache), KV blocks,
-and whether vLLM's second model runner was at work.
+whether vLLM's second model runner was at work, and preemptions where statistics are on.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def main(request: Path, result: Path) -> None:
     cache = config.cache_config
     found = {"passes": passes, "blocks": cache.num_gpu_blocks, "kv_tokens": cache.kv_cache_size_tokens}
     found["second_runner"] = config.use_v2_model_runner
+    if not asked["options"].get("disable_log_stats", True):
+        found["preemptions"] = sum(each.value for each in engine.get_metrics() if each.name == "vllm:num_preemptions")
     result.write_text(json.dumps(found))
 
 
