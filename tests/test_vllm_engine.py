@@ -80,6 +80,16 @@ def test_recent_window_and_prompts_in_chunks_are_exact(setup: Setup) -> None:
     assert found["blocks"] / plain["blocks"] == pytest.approx(2 / 1.5, rel=0.01)
 
 
+def test_each_rank_takes_the_channels_of_its_own_heads(setup: Setup) -> None:
+    keys = keys_of(setup, 0.625, recent=16)
+    found = setup.run(keys, tensor_parallel_size=2)
+    tokens, logprobs = _reference(setup, keys)
+    assert found["passes"][0]["tokens"] == tokens
+    assert farthest(found, logprobs) <= ATOL
+    # pages of one head on each: 128 tokens of 40 + 64 channels of 4 bytes, in two layers
+    assert found["blocks"] == 64 * 2**20 // (2 * 128 * 104 * 4)
+
+
 # every request fits in one block (and one of its window's), and all need another one at once
 @pytest.mark.parametrize(("options", "blocks"), [({}, 5), ({"recent": 16, "exact_prefill": True}, 9)])
 def test_a_preempted_request_is_computed_anew_as_one_prompt(setup: Setup, options: dict[str, Any], blocks: int) -> None:
