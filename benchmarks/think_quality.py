@@ -1,8 +1,8 @@
 """What pruned keys cost: perplexity and needles found, against the share of channels kept, beside two controls.
 
 Choices of channels, all through ThinKCache with the same count per KV head: `query-driven` (ThinKCache's own, each
-prompt its own: memopt.kv.joint), `published` (ThinK's score of the last 32 queries, score="think"), `static` (ThinK's
-score of all queries, averaged over library text that is not evaluated on), and the controls `random` (a new set per
+prompt its own: memopt.kv.joint), `published` (ThinK's score of the last 32 queries, score="think"), `static` (chosen as
+the first, but once, from library text that is not evaluated on), and the controls `random` (a new set per
 layer, head and seed) and `magnitude` (largest mean square of the keys, the queries not asked).
 
 Perplexity: 128 tokens of prompt, then 64 that are scored, in steps of 32, with recent=0 and fold="prune": every key is
