@@ -27,8 +27,8 @@ from memopt.patches.vllm_channels import channels_of, kept_width, thin_spec
 from memopt.patches.vllm_config import ThinKeys, configured
 from memopt.patches.vllm_rows import Row, rows_of
 
-_PROMPT_ROWS = 32
-"""Rows of a tile of a request with many new tokens."""
+_FEW_ROWS, _PROMPT_ROWS = 16, 32
+"""Rows of a tile of a request with few new tokens, and of a prompt's."""
 _SPLIT_TOKENS = 256
 """Cached tokens that are worth a program of their own."""
 _MOST_SPLITS = 32
@@ -114,10 +114,13 @@ class Step:
 
 
 class ThinOwnBuilder(AttentionMetadataBuilder):
-    """Sorts the rows of a step once, for all layers."""
+    """Sorts the rows of a step once, for all layers.
 
-    # tiles are made on the host for each step
-    _cudagraph_support = AttentionCGSupport.NEVER
+    A step of one token a request needs nothing of the host, and its tensors stay where they are: it may be captured in
+    a CUDA graph. The tiles of any other step are made on the host.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -125,40 +128,61 @@ class ThinOwnBuilder(AttentionMetadataBuilder):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         self._kv_heads = kv_cache_spec.num_kv_heads
         self._group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        self._queries = triton_thin.query_tiles([], self._group)[1]
+        requests = vllm_config.scheduler_config.max_num_seqs
+        self._single = triton_thin.query_tiles([1] * requests, self._group)[0].to(device)
+        self._exact_from = torch.zeros(requests, dtype=torch.int32, device=device)
         # a few waves of programs; the interpreter's count only has to exercise splitting
         self._programs = (
             4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
         )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
-        common, keys = common_attn_metadata, self._keys
-        rows, windowed = rows_of(common), has_window(keys)
-        prompts = [row for row in rows if row.context == 0] if keys.thins and not windowed else []
-        apart = {row.number for row in prompts}
-        lengths = [0] * common.num_reqs
-        for row in rows:
-            if row.number not in apart:
-                lengths[row.number] = row.end - row.begin
-        short = triton_thin.query_tiles([], self._group)[1]
-        few = self._launch([n if n <= short else 0 for n in lengths], common)
-        many = self._launch([n if n > short else 0 for n in lengths], common, _PROMPT_ROWS)
+        common = common_attn_metadata
+        if common.max_query_len == 1:
+            # a prompt of one token attends to itself, whatever is left of its key
+            prompts, launches = [], [self._launch(self._single[: common.num_reqs], self._queries, common)]
+        else:
+            prompts, launches = self._sorted(common)
         return Step(
             prompts=prompts,
-            launches=[each for each in (few, many) if each is not None],
+            launches=launches,
             starts=common.query_start_loc,
             lengths=common.seq_lens,
             table=common.block_table_tensor,
-            exact_from=_exact_from(common, keys) if windowed else None,
+            exact_from=self._windows(common) if has_window(self._keys) else None,
         )
 
-    def _launch(self, query_lens: list[int], common: Any, rows: int | None = None) -> Launch | None:
-        if not any(query_lens):
-            return None
-        tiles, queries = triton_thin.query_tiles(query_lens, self._group, *([] if rows is None else [rows]))
+    def _sorted(self, common: Any) -> tuple[list[Row], list[Launch]]:
+        prompts: list[Row] = []
+        few, many = [0] * common.num_reqs, [0] * common.num_reqs
+        dense = self._keys.thins and not has_window(self._keys)
+        for row in rows_of(common):
+            if dense and row.context == 0:
+                prompts.append(row)
+            else:
+                new = row.end - row.begin
+                (few if new <= self._queries else many)[row.number] = new
+        launches = []
+        for lengths, rows in ((few, _FEW_ROWS), (many, _PROMPT_ROWS)):
+            tiles, queries = triton_thin.query_tiles(lengths, self._group, rows)
+            if len(tiles):
+                launches.append(self._launch(tiles.to(common.seq_lens.device, non_blocking=True), queries, common))
+        return prompts, launches
+
+    def _launch(self, tiles: torch.Tensor, queries: int, common: Any) -> Launch:
         wanted = -(-self._programs // (len(tiles) * self._kv_heads))
         most = min(_MOST_SPLITS, -(-common.max_seq_len // _SPLIT_TOKENS), wanted)
-        splits = 1 << (max(1, most).bit_length() - 1)  # a power of two: each count is a kernel of its own
-        return Launch(tiles.to(common.seq_lens.device, non_blocking=True), queries, splits)
+        return Launch(tiles, queries, 1 << (max(1, most).bit_length() - 1))  # each count is a kernel of its own
+
+    def _windows(self, common: Any) -> torch.Tensor:
+        """A prompt under way has all of its dropped channels with exact prefill, else the window before the step."""
+        starts, found = common.query_start_loc, self._exact_from[: common.num_reqs]
+        torch.clamp(common.seq_lens - (starts[1:] - starts[:-1]) - self._keys.recent, min=0, out=found)
+        if self._keys.exact_prefill:
+            whole = common.is_prefilling.to(found.device, non_blocking=True)
+            found[: len(whole)].masked_fill_(whole, 0)
+        return found
 
 
 class ThinOwnImpl(TritonAttentionDiffKVImpl):
@@ -228,13 +252,3 @@ class ThinOwnImpl(TritonAttentionDiffKVImpl):
 def has_window(keys: ThinKeys) -> bool:
     """Whether there are dropped channels of recent tokens to read."""
     return keys.thins and keys.recent > 0
-
-
-def _exact_from(common: Any, keys: ThinKeys) -> torch.Tensor:
-    """A prompt under way has all of its dropped channels with exact prefill, else the window before the new tokens."""
-    starts = common.query_start_loc
-    begin: torch.Tensor = (common.seq_lens - (starts[1:] - starts[:-1]) - keys.recent).clamp_(min=0)
-    if keys.exact_prefill:
-        whole = common.is_prefilling.to(begin.device, non_blocking=True)
-        begin[: len(whole)].masked_fill_(whole, 0)
-    return begin

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from memopt.kv.channel_file import load_channels
 from memopt.patches.vllm_config import ThinKeys
@@ -79,6 +82,46 @@ def test_thin_pages_through_vllms_kernels(run_python: Callable[..., Any], keep: 
     assert done.returncode == 0, done.stderr[-3000:]
     worst = float(done.stdout.split("worst")[-1])
     assert worst < 5e-6
+
+
+def test_steps_of_one_token_keep_their_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a CUDA graph captured must be where the next step is described."""
+    from memopt.patches.vllm_gpu import ThinOwnBuilder
+
+    keys = ThinKeys(key_keep=0.5, channels=tmp_path / "keys", recent=8)
+    for name, text in keys.environment().items():
+        monkeypatch.setenv(name, text)
+    model = SimpleNamespace(get_num_attention_heads=lambda _: 8, get_num_kv_heads=lambda _: 2)
+    parts = SimpleNamespace(max_num_seqs=16)
+    config = SimpleNamespace(model_config=model, parallel_config=None, scheduler_config=parts)
+    builder = ThinOwnBuilder(SimpleNamespace(num_kv_heads=2), ["layer"], config, torch.device("cpu"))
+
+    def step(lengths: list[int], new: int) -> Any:
+        many = len(lengths)
+        common = SimpleNamespace(
+            max_query_len=new,
+            num_reqs=many,
+            max_seq_len=1000,
+            query_start_loc=torch.arange(many + 1, dtype=torch.int32) * new,
+            query_start_loc_cpu=torch.arange(many + 1, dtype=torch.int32) * new,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+            block_table_tensor=torch.zeros(many, 4, dtype=torch.int32),
+        )
+        return builder.build(0, common)
+
+    first, second = step([5, 20, 1, 0], 1), step([300, 9, 30, 7], 1)
+    assert second.exact_from.tolist() == [291, 0, 21, 0]
+    for one in (first, second):
+        assert one.prompts == []
+        (launch,) = one.launches
+        assert launch.tiles.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]]
+        assert launch.splits == 4  # of the 32 programs that the interpreter is given, 8 are there
+    assert first.exact_from.data_ptr() == second.exact_from.data_ptr()
+    assert first.launches[0].tiles.data_ptr() == second.launches[0].tiles.data_ptr()
+    many = step([40, 40], 20)
+    assert [len(each.tiles) for each in many.launches] == [6]  # 32 rows are 8 queries of 4 heads
+    assert many.exact_from.tolist() == [12, 12]
 
 
 @pytest.fixture(scope="module")
