@@ -141,7 +141,8 @@ class ThinOwnBuilder(AttentionMetadataBuilder):
         common = common_attn_metadata
         if common.max_query_len == 1:
             # a prompt of one token attends to itself, whatever is left of its key
-            prompts, launches = [], [self._launch(self._single[: common.num_reqs], self._queries, common)]
+            prompts: list[Row] = []
+            launches = [self._launch(self._single[: common.num_reqs], self._queries, common)]
         else:
             prompts, launches = self._sorted(common)
         return Step(

@@ -84,6 +84,7 @@ def test_thin_pages_through_vllms_kernels(run_python: Callable[..., Any], keep: 
     assert worst < 5e-6
 
 
+@pytest.mark.filterwarnings("ignore")  # those of vLLM's imports
 def test_steps_of_one_token_keep_their_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a CUDA graph captured must be where the next step is described."""
     from memopt.patches.vllm_gpu import ThinOwnBuilder
