@@ -25,7 +25,7 @@ RECEIPT = "MEMOPT_VLLM_RECEIPT"
 _CALIBRATE = "MEMOPT_VLLM_CALIBRATE"
 _CALIBRATE_KEEP = "MEMOPT_VLLM_CALIBRATE_KEEP"
 VARIABLES = (_KEEP, _CHANNELS, _RECENT, _EXACT_PREFILL, _KERNEL, _CALIBRATE, _CALIBRATE_KEEP, RECEIPT)
-_PREFIX = "MEMOPT_VLLM_"
+VARIABLE_PREFIX = "MEMOPT_VLLM_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Calibration:
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> ThinKeys | Calibration | None:
     """What the variables ask for; None when there are none. Raises BadInput for what cannot be read."""
-    given = {name for name in environment if name.startswith(_PREFIX)} - {RECEIPT}
+    given = {name for name in environment if name.startswith(VARIABLE_PREFIX)} - {RECEIPT}
     if not given:
         return None
     unknown = sorted(given - set(VARIABLES))

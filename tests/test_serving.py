@@ -15,7 +15,7 @@ from memopt.errors import BadInput
 from memopt.jobs import serve as job
 from memopt.jobs.serve import NotPruned, ServeRequest, serve
 from memopt.launchers.main import run
-from memopt.patches.vllm_config import RECEIPT, ThinKeys
+from memopt.patches.vllm_config import RECEIPT, Calibration, ThinKeys, from_environment
 from memopt.planning.serving import ServedModel, ServePlan, plan_serving
 from memopt.tiers import Tier
 from memopt.units import GiB, MiB
@@ -85,7 +85,12 @@ sys.exit(5)
 
 
 def start(
-    monkeypatch: pytest.MonkeyPatch, directory: Path, receipt: dict[str, object] | None, *, ends: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    receipt: dict[str, object] | None,
+    *,
+    ends: bool = False,
+    calibration: Calibration | None = None,
 ) -> tuple[int, list[str]]:
     """`serve` with a child that answers /health, or ends at once with 7."""
     with socket.socket() as probe:
@@ -96,8 +101,8 @@ def start(
     monkeypatch.setattr(job, "command", lambda _: child)
     monkeypatch.setattr(job, "_version", lambda _: "0.32.0")
     said: list[str] = []
-    keys = ThinKeys(key_keep=0.5, channels=directory / "keys")
-    request = ServeRequest(model="m", keys=keys, options=("--port", str(port)))
+    keys = ThinKeys(key_keep=1.0) if calibration else ThinKeys(key_keep=0.5, channels=directory / "keys")
+    request = ServeRequest(model="m", keys=keys, calibration=calibration, options=("--port", str(port)))
     before = signal.getsignal(signal.SIGTERM)
     try:
         return serve(request, plan(), on_ready=said.append), said
@@ -119,6 +124,28 @@ def test_the_servers_own_exit_code_is_passed_on(monkeypatch: pytest.MonkeyPatch,
     noted = {"layers": 2, "head_size": 64, "kept": 32}
     assert start(monkeypatch, tmp_path, noted) == (5, ["serving 32 of 64 key channels in 2 layers"])
     assert start(monkeypatch, tmp_path, noted, ends=True)[0] == 7
+
+
+def test_a_calibration_tells_what_came_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = Calibration(path=tmp_path / "keys", keep=0.5)
+    with pytest.raises(NotPruned, match="rather than left to serve unheard"):
+        start(monkeypatch, tmp_path, None, calibration=asked)
+    noted = {"layers": 2, "head_size": 64, "kept": 64}
+    code, said = start(monkeypatch, tmp_path, noted, calibration=asked)
+    assert code == 5
+    assert said[0] == f"serving whole keys; what prompts ask of 2 layers goes to {tmp_path / 'keys'}"
+    assert "was not written: no prompt of at least 16 tokens" in said[1]
+
+
+def test_a_calibrating_server_is_started_as_such(tmp_path: Path) -> None:
+    asked = Calibration(path=tmp_path / "keys", keep=0.6)
+    request = ServeRequest(model="m", keys=ThinKeys(key_keep=1.0), calibration=asked, options=("--port", "1"))
+    given = job._environment(request, tmp_path, tmp_path / "receipt")
+    assert from_environment({name: text for name, text in given.items() if name != RECEIPT}) == asked
+    with pytest.raises(BadInput, match="both set"):
+        from_environment(given | {"MEMOPT_VLLM_KEY_KEEP": "0.5"})
+    with pytest.raises(BadInput, match="MEMOPT_VLLM_CALIBRATE_KEEP: '' is not a number"):
+        from_environment({"MEMOPT_VLLM_CALIBRATE": "keys"})
 
 
 def test_settings_of_an_outer_plugin_are_not_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from memopt.patches.hf_checkpoint import load_config
 from memopt.patches.hf_files import checkpoint_files, resolve_checkpoint
 from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_channels import sets_of
-from memopt.patches.vllm_config import RECEIPT, VARIABLES, Calibration, ThinKeys
+from memopt.patches.vllm_config import RECEIPT, VARIABLE_PREFIX, VARIABLES, Calibration, ThinKeys
 from memopt.patches.vllm_guard import MODEL_RUNNER, Receipt
 from memopt.planning.serving import ServedModel, ServePlan, plan_serving
 from memopt.profiler.prometheus import Metric, Server, exposition
@@ -209,9 +209,10 @@ def _until_ready(
         return
     found = Receipt.load(receipt)
     if found is None and request.option("--uds") is None:
+        idle = "serve whole keys" if request.keys.thins else "serve unheard"
         raise NotPruned(
             "the server answers, but memopt's plugin was never heard of in it (does something unset VLLM_PLUGINS or "
-            f"{VARIABLES[0]}?); it was stopped rather than left to serve as if it had been"
+            f"the variables {VARIABLE_PREFIX}*?); it was stopped rather than left to {idle}"
         )
     if on_ready is None or found is None:
         return

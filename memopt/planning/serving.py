@@ -67,13 +67,14 @@ class ServePlan:
         model, per = self.model, "" if self.kv_bytes is not None else " for each GiB"
         room = "what vLLM finds free" if self.kv_bytes is None else format_bytes(self.kv_bytes)
         said = [f"{model.name}: weights {format_bytes(model.weight_bytes)}, KV cache {room}"]
-        for name, of in (("stock", self.stock), (f"{self.kept} of {model.head_dim} key channels", self.thin)):
+        thinner = self.kept < model.head_dim
+        thin = [(f"{self.kept} of {model.head_dim} key channels", self.thin)] if thinner else []
+        for name, of in (("stock", self.stock), *thin):
             said.append(
                 f"{name}: {format_bytes(of.token_bytes)} a token; {of.blocks} blocks, {of.tokens} tokens{per}; "
                 f"{of.requests:.2f} requests of {model.max_tokens} tokens at once{per}"
             )
-        said.append(f"{self.gain:.3f} times the tokens in the same memory")
-        return said
+        return [*said, f"{self.gain:.3f} times the tokens in the same memory"] if thinner else said
 
 
 def plan_serving(model: ServedModel, *, kept: int, block_tokens: int, kv_bytes: int | None) -> ServePlan:
