@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,10 @@ class Made:
     def attend(self, splits: int = 1, soft_cap: float = 0.0) -> torch.Tensor:
         new = [n for _, n in self.case.requests]
         tiles, queries = triton_thin.query_tiles(new, self.case.group, self.case.rows)
+        return self._run(tiles, queries, splits=splits, soft_cap=soft_cap)
+
+    def _run(self, tiles: torch.Tensor, queries: int, **options: Any) -> torch.Tensor:
+        new = [n for _, n in self.case.requests]
         return triton_thin.attend(
             self.query,
             self.pages,
@@ -74,9 +79,14 @@ class Made:
             tiles.to(DEVICE),
             queries=queries,
             scale=self.case.full**-0.5,
-            splits=splits,
-            soft_cap=soft_cap,
+            **options,
         )
+
+    def some(self, number: int, splits: int, out: torch.Tensor) -> None:
+        """The attention of one request alone, into `out` of all."""
+        new = [n if r == number else 0 for r, (_, n) in enumerate(self.case.requests)]
+        tiles, queries = triton_thin.query_tiles(new, self.case.group, self.case.rows)
+        self._run(tiles, queries, splits=splits, out=out)
 
     def expected(self, soft_cap: float = 0.0) -> torch.Tensor:
         """Dense attention in which dropped channels of older tokens are zeros."""
@@ -168,6 +178,16 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
 def test_thin_attention_is_dense_attention_with_zeros(case: Case, splits: int) -> None:
     this = made(case)
     close(this.attend(splits), this.expected(), case.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_requests_without_tiles_are_left_alone(splits: int) -> None:
+    this = made(Case(requests=((37, 1), (150, 9), (20, 3))))
+    whole, out = this.attend(splits), torch.full_like(this.query[..., : this.case.values], 7.0)
+    this.some(1, splits, out)
+    assert torch.equal(out[1:10], whole[1:10])
+    assert bool((out[:1] == 7.0).all())
+    assert bool((out[10:] == 7.0).all())
 
 
 def test_a_soft_cap_is_applied_to_whole_scores() -> None:

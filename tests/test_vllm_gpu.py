@@ -127,7 +127,7 @@ def test_steps_of_one_token_keep_their_addresses(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    sizes: dict[str, Any] = {"lengths": (4, 7, 67, 1, 40), "new_tokens": 6, "program": "tests.vllm_gpu_engine"}
+    sizes: dict[str, Any] = {"lengths": (4, 267, 67, 1, 40), "new_tokens": 6, "program": "tests.vllm_gpu_engine"}
     return make_setup(tmp_path_factory.mktemp("gpu"), **sizes)
 
 
@@ -148,9 +148,10 @@ def test_an_engine_with_memopts_kernel_gives_the_masked_references_logprobs(
 
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(second_runner)))
     keys = ThinKeys(key_keep=keep, channels=setup.channels(keep), **options)
-    # prompts of up to 67 tokens in chunks where that is to be exact
-    chunk = {"max_num_batched_tokens": 32} if keys.exact_prefill else {}
-    found = setup.run(keys, block_size=16, kv_cache_memory_bytes=8 * 2**20, **chunk)
+    # all prompts do not fit in a step: some are computed beside single tokens of others, in chunks where that is exact
+    whole = {"max_model_len": 280, "max_num_batched_tokens": 280, "enable_chunked_prefill": False}
+    beside = {"max_num_batched_tokens": 128} if keys.exact_prefill else whole
+    found = setup.run(keys, block_size=16, kv_cache_memory_bytes=8 * 2**20, **beside)
     assert found["second_runner"] == second_runner
     assert keys.channels is not None
     sets = load_channels(keys.channels)

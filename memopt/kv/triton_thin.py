@@ -132,6 +132,7 @@ def attend(
 ) -> torch.Tensor:
     """(T, H_q, D_v): causal attention of the newest tokens of every request over its pages, which hold them already.
 
+    Only the requests of `tiles` are computed; the others' rows of `out` stay as they are.
     `queries` is of `query_tiles`. `splits`: programs that share the tokens of one tile, for few requests with long
     contexts. `soft_cap`: c tanh(s / c) on the scores, 0 for none. Sums are float32.
     """
@@ -196,8 +197,18 @@ def attend(
         CAPPED=soft_cap > 0,
     )
     if splits > 1:
-        _join[query.shape[:2]](
-            partial, tops, sums, out, *out.stride()[:2], *query.shape[:2], VALUE=values, BLOCK_VALUE=wide, SPLITS=splits
+        _join[(tiles.shape[0], queries, query.shape[1])](
+            partial,
+            tops,
+            sums,
+            query_starts,
+            tiles,
+            out,
+            *out.stride()[:2],
+            *query.shape[:2],
+            VALUE=values,
+            BLOCK_VALUE=wide,
+            SPLITS=splits,
         )
     return out
 
@@ -331,20 +342,23 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(  # type: ignore[no-untyped-def]
-    partial, tops, sums, out, out_t, out_h, total, query_heads,
+    partial, tops, sums, query_starts, tiles, out, out_t, out_h, total, query_heads,
     VALUE: tl.constexpr, BLOCK_VALUE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK_VALUE)
-    highest = float("-inf")
-    for split in range(SPLITS):
-        highest = tl.maximum(highest, tl.load(tops + (split * total + token) * query_heads + head))
-    acc = tl.zeros([BLOCK_VALUE], tl.float32)
-    weight = 0.0
-    for split in range(SPLITS):
-        at = (split * total + token) * query_heads + head
-        factor = tl.exp2((tl.load(tops + at) - highest) * _LOG2E)
-        weight += factor * tl.load(sums + at)
-        acc += factor * tl.load(partial + at * BLOCK_VALUE + d)
-    result = acc / tl.maximum(weight, 1e-30)
-    tl.store(out + token * out_t + head * out_h + d, result.to(out.dtype.element_ty), mask=d < VALUE)
+    tile, head = tl.program_id(0), tl.program_id(2)
+    r = tl.load(tiles + 2 * tile).to(tl.int64)
+    token = (tl.load(query_starts + r) + tl.load(tiles + 2 * tile + 1) + tl.program_id(1)).to(tl.int64)
+    if token < tl.load(query_starts + r + 1):
+        d = tl.arange(0, BLOCK_VALUE)
+        highest = float("-inf")
+        for split in range(SPLITS):
+            highest = tl.maximum(highest, tl.load(tops + (split * total + token) * query_heads + head))
+        acc = tl.zeros([BLOCK_VALUE], tl.float32)
+        weight = 0.0
+        for split in range(SPLITS):
+            at = (split * total + token) * query_heads + head
+            factor = tl.exp2((tl.load(tops + at) - highest) * _LOG2E)
+            weight += factor * tl.load(sums + at)
+            acc += factor * tl.load(partial + at * BLOCK_VALUE + d)
+        result = acc / tl.maximum(weight, 1e-30)
+        tl.store(out + token * out_t + head * out_h + d, result.to(out.dtype.element_ty), mask=d < VALUE)
