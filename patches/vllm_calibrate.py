@@ -64,9 +64,9 @@ class Recorder:
 
     @property
     def prompts(self) -> int:
-        """Heard by every layer that heard any."""
+        """Heard by every layer: a step goes through them one after the other."""
         with self._lock:
-            return min((prompts for prompts, _ in self._heard.values()), default=0)
+            return min((self._heard.get(layer, (0, 0))[0] for layer in self.layers | self._heard.keys()), default=0)
 
     def scores(self) -> tuple[dict[int, Tensor], int]:
         """By layer, (K, D): the turn in which a greedy choice drops the channel, and the tokens heard.

@@ -155,19 +155,27 @@ def test_engines_that_cannot_be_watched_are_refused(changed: dict[str, Any], wor
 
 def test_the_file_grows_with_what_was_heard(tmp_path: Path) -> None:
     recorder, path = Recorder(), tmp_path / "keys.safetensors"
+    recorder.layers |= {1, 3}
     recorder.start()
     file = LiveFile(recorder, Calibration(path=path, keep=0.5), MODEL)
     file.save()
     assert not path.exists(), "nothing was heard"
-    for tokens in (20, 50):
-        recorder.add(3, torch.randn(20, 4, 32), torch.randn(20, 2, 32), 0.2, step((20, 20)))
-        recorder.add(3, torch.randn(30, 4, 32), torch.randn(30, 2, 32), 0.2, step((30, 30)))
-        file.save()
-        assert load_channels(path, MODEL).tokens == (50 if tokens == 20 else 100)
-    recorder.add(3, torch.randn(16, 4, 32), torch.randn(16, 2, 32), 0.2, step((16, 16)))
+
+    def hear(tokens: int, *layers: int) -> None:
+        for layer in layers:
+            recorder.add(layer, torch.randn(tokens, 4, 32), torch.randn(tokens, 2, 32), 0.2, step((tokens, tokens)))
+
+    hear(20, 1)
+    file.save()
+    assert not path.exists(), "the step is not through all layers yet"
+    hear(20, 3)
+    file.save()
+    assert load_channels(path, MODEL).tokens == 20
+    hear(30, 1, 3)
+    hear(16, 1, 3)
     file.close()
     sets = load_channels(path, MODEL)
-    assert (sets.tokens, sets.count, sets.keep) == (116, 16, 0.5)
+    assert (sets.tokens, sets.count, sets.keep, sorted(sets.keys)) == (66, 16, 0.5, [1, 3])
 
 
 def test_a_place_that_cannot_be_written_does_not_stop_the_server(
