@@ -57,6 +57,40 @@ def test_options_of_vllm_are_read_however_they_are_written() -> None:
     assert request.option("--host") is None
 
 
+@pytest.mark.parametrize(("text", "count"), [("4k", 4000), ("4K", 4096), ("1.5M", 3 * MiB // 2), ("300", 300)])
+def test_sizes_are_read_as_vllm_reads_them(text: str, count: int) -> None:
+    assert job._size(text, "--max-model-len") == count
+
+
+@pytest.mark.parametrize("text", ["", "K", "4x", "-3", "four"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="--max-model-len: .* is not a size"):
+        job._size(text, "--max-model-len")
+
+
+def test_a_port_is_looked_for_in_the_hosts_own_family() -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        try:
+            taken.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        request = ServeRequest(model="m", keys=ThinKeys(key_keep=1.0), options=("--host", "::1", "--port", port))
+        with pytest.raises(BadInput, match=f"--port {port} on ::1"):
+            job._check_port(request)
+    job._check_port(request)
+
+
+def test_a_file_of_options_is_refused_where_it_could_hide_the_port(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(job, "vllm_kind", lambda: "cpu")
+    keys = ThinKeys(key_keep=0.5, channels=tmp_path / "keys")
+    with pytest.raises(BadInput, match="--config: memopt reads"):
+        job.check(ServeRequest(model="m", keys=keys, options=("--config", "serve.yaml")))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_without_vllm_the_remedy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "anything", "--key-keep", "1"]) == 2

@@ -37,6 +37,7 @@ _REFUSED_OPTIONS = {
     "--kv-transfer-config": "a KV connector moves pages of the stock layout",
     "--attention-backend": "thin keys need memopt's own backend",
 }
+_LENGTH = "--max-model-len"
 _BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
 """vLLM's own choice where --block-size is not given."""
 _POLL_S = 0.5
@@ -89,6 +90,9 @@ def check(request: ServeRequest) -> ServePlan:
     if request.keys.thins:
         _check_options(request)
     plugins = entry_points(group="vllm.general_plugins")
+    if request.patched and request.option("--config") is not None:
+        # a port that memopt does not know of would leave a server unwatched
+        raise BadInput("--config: memopt reads vLLM's options from the command line only; write them after --")
     if request.patched and not any(each.value.startswith("memopt.") for each in plugins):
         raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
     _check_port(request)
@@ -103,7 +107,7 @@ def check(request: ServeRequest) -> ServePlan:
         _check_model(request.model, config)
         kept = sets.count
     text = config.get_text_config(decoder=True)
-    length = request.option("--max-model-len")
+    length = request.option(_LENGTH)
     served = ServedModel(
         name=request.model,
         weight_bytes=sum(file.stat().st_size for file in checkpoint_files(directory, config)),
@@ -111,7 +115,8 @@ def check(request: ServeRequest) -> ServePlan:
         kv_heads=identity.kv_heads,
         head_dim=identity.head_dim,
         element_bytes=_element_bytes(request.option("--dtype"), config),
-        max_tokens=_whole(length, "--max-model-len") if length else int(text.max_position_embeddings),
+        # vLLM then takes what fits
+        max_tokens=int(text.max_position_embeddings) if length in (None, "auto", "-1") else _size(length, _LENGTH),
     )
     block = request.option("--block-size")
     return plan_serving(
@@ -196,7 +201,8 @@ def _until_ready(
     request: ServeRequest, child: subprocess.Popen[bytes], receipt: Path, on_ready: Callable[[str], None] | None
 ) -> None:
     """Wait until the server answers or has ended; a server that answers without a receipt is not pruned."""
-    address = f"http://{_host(request)}:{_port(request)}/health"
+    host = _host(request)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{_port(request)}/health"
     while request.option("--uds") is None:
         try:
             child.wait(_POLL_S)
@@ -298,7 +304,7 @@ def _check_port(request: ServeRequest) -> None:
     if request.option("--uds") is not None:
         return
     host, port = _host(request), _port(request)
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -318,15 +324,20 @@ def _kv_bytes(request: ServeRequest) -> int | None:
         os.environ.get("VLLM_CPU_KVCACHE_SPACE"),
     )
     if given:
-        number, unit = (given[:-1], given[-1]) if given[-1].isalpha() else (given, "")
-        scale = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": GiB}.get(unit)
-        with contextlib.suppress(ValueError):
-            if scale is not None:
-                return int(float(number) * scale)
-        raise BadInput(f"--kv-cache-memory-bytes: {given!r} is not a size as vLLM reads it, like 4G or 4294967296")
+        return _size(given, "--kv-cache-memory-bytes")
     if space and vllm_kind() == "cpu":
         return _whole(space, "VLLM_CPU_KVCACHE_SPACE") * GiB
     return None
+
+
+def _size(text: str, name: str) -> int:
+    """A count as vLLM reads it: 4k is 4000, 4K is 4096."""
+    number, unit = (text[:-1], text[-1]) if text[-1:].isalpha() else (text, "")
+    scale = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": GiB}.get(unit)
+    with contextlib.suppress(ValueError):
+        if scale is not None and float(number) > 0:
+            return int(float(number) * scale)
+    raise BadInput(f"{name}: {text!r} is not a size as vLLM reads it, like 4K or 4096")
 
 
 def _element_bytes(dtype: str | None, config: Any) -> int:
