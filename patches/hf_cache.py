@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -317,11 +317,11 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
         """Bytes of all storage the cache holds, each counted once."""
         storages = {}
         for layer in self.layers:
-            held = layer.tensors() if isinstance(layer, ThinLayer) else (layer.keys, layer.values)
-            for tensor in held:
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+            # a layer of another kind, with linear attention for one, has its states in whatever it calls them
+            held = layer.tensors() if isinstance(layer, ThinLayer) else vars(layer)
+            for tensor in _tensors_in(held):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThinKCache:
@@ -341,6 +341,14 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
 
     def _thin(self) -> list[ThinLayer]:
         return [layer for layer in self.layers if isinstance(layer, ThinLayer)]
+
+
+def _tensors_in(held: object) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _tensors_in(part)
 
 
 def _refuse_versions() -> None:

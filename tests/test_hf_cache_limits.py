@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DynamicCache,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     GptOssConfig,
@@ -20,6 +21,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -72,6 +75,31 @@ def test_bytes_are_the_formula_to_the_byte(extra: dict[str, Any], tokens: int, n
             model, cache, prompt(tokens, 2)
         )
         assert cache.cache_bytes() == 2 * thin_bytes(SHAPE, cache.settings, prompt=tokens, new=new)
+
+
+def test_layers_of_linear_attention_are_left_alone_and_counted() -> None:
+    torch.manual_seed(3)
+    kinds = ["linear_attention", "full_attention"]
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 97, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    config = Qwen3NextConfig(
+        **sizes, **heads, **experts, **linear, shared_expert_intermediate_size=16, layer_types=kinds
+    )
+    model = Qwen3NextForCausalLM(config).eval()
+    ids, stock = prompt(60, 2), DynamicCache(config=config)
+    wanted = [feed(model, stock, ids), feed(model, stock, ids[:, :1])]
+    linear_layer = stock.layers[0]
+    states = [*linear_layer.conv_states.values(), *linear_layer.recurrent_states.values()]
+    for keep in (1.0, 0.5):
+        with ThinKCache(model, key_keep=keep) as cache:
+            found = [feed(model, cache, ids), feed(model, cache, ids[:, :1])]
+            if keep == 1.0:
+                for ours, theirs in zip(found, wanted, strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+            held = thin_bytes(SHAPE, cache.settings, prompt=60, new=1)
+            assert cache.cache_bytes() == held + sum(state.untyped_storage().nbytes() for state in states)
 
 
 def test_bytes_with_padding_and_eviction() -> None:
