@@ -21,6 +21,9 @@ from memopt.kv.score_sums import LEAST_TOKENS, RECENT, MeanScores
 from memopt.kv.window import observe
 from memopt.patches.vllm_guard import refuse
 
+_SILENT = ("FLASHINFER",)
+"""Backends whose metadata has no query_start_loc and seq_lens."""
+
 
 class Recorder:
     """Errors of sets of channels, averaged over the prompts that were heard. Safe to read while serving.
@@ -111,6 +114,11 @@ def watch(recorder: Recorder, on_start: Callable[[Any], Callable[[], None]] | No
     def watched(self: Any, *args: Any, **options: Any) -> None:
         check_config(get_current_vllm_config())
         made(self, *args, **options)
+        if self.attn_backend.get_name() in _SILENT:
+            raise refuse(
+                f"{self.attn_backend.get_name()} does not tell where a request's queries are; calibrate with "
+                "--attention-backend TRITON_ATTN"
+            )
         shared = self.kv_sharing_target_layer_name is not None
         if self.attn_type == "decoder" and self.sliding_window is None and not shared:
             _observe(self.impl, extract_layer_index(self.layer_name), recorder)

@@ -43,6 +43,26 @@ class ThinTritonBackend(TritonAttentionDiffKVBackend):
         TritonAttentionDiffKVBackend.set_head_size_v(spec.head_size_v)
         return thin_spec(configured(), spec)
 
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # the splits of a context depend on what else is in the batch
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # tiles are made of the host's lengths
+
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"

@@ -72,6 +72,10 @@ def check_config(config: Any, keys: ThinKeys) -> None:
     if keys.exact_prefill and config.use_v2_model_runner:
         # it calls a request that was preempted a prompt to its last token, whose blocks are long given away by then
         raise refuse(f"exact prefill needs vLLM's V1 model runner; set {MODEL_RUNNER}=0 (memopt serve does)")
+    if keys.recent and config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise refuse("--disable-hybrid-kv-cache-manager: the recent window would be kept for all tokens; leave it out")
+    if config.model_config.is_mm_prefix_lm or config.model_config.rswa_window is not None:
+        raise refuse("this model's attention is not plainly causal (prefix or reference windows); use --key-keep 1")
     if config.model_config.use_mla:
         raise refuse("this model's attention has latent keys (MLA), which have no channels to drop; use --key-keep 1")
     if keys.thins:
@@ -108,6 +112,14 @@ def check_layer(layer: Any, backend: type) -> None:
             raise refuse(f"{name}: {what} are not known to the thin path; use --key-keep 1")
     if impl.logits_soft_cap:
         raise refuse(f"{name}: a cap on the scores is not known to the thin path; use --key-keep 1")
+
+
+def check_channels(layer: Any, keys: ThinKeys) -> None:
+    """Refuse a layer that the file says nothing about, before any prompt asks for it."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    if extract_layer_index(layer.layer_name) not in sets_of(keys).keys:
+        raise refuse(f"{keys.channels} has no channels for {layer.layer_name}; calibrate again")
 
 
 def check_specs(specs: Sequence[Mapping[str, Any]], keys: ThinKeys) -> None:

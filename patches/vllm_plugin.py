@@ -115,6 +115,7 @@ def _watch_layers(keys: ThinKeys, home: str) -> None:
         original(self, *args, **options)
         if keys.thins:
             vllm_guard.check_layer(self, resolve_obj_by_qualname(home))
+            vllm_guard.check_channels(self, keys)
             if keys.recent:
                 vllm_recent.beside(self, keys)
 

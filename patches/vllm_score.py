@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memopt.errors import BadInput
@@ -41,6 +42,8 @@ def score_channels(
         BadInput: no vLLM, no window, options with which not all can be seen, or scores that are not finite.
     """
     recorder, tokens = Recorder(observation=observation), 0
+    if torch.cuda.is_available():
+        options = {"attention_backend": "TRITON_ATTN"} | (options or {})  # tells where each request's queries are
     with _in_this_process():
         try:
             from vllm import LLM, SamplingParams

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,13 +83,30 @@ def test_a_port_is_looked_for_in_the_hosts_own_family() -> None:
     job._check_port(request)
 
 
-def test_a_file_of_options_is_refused_where_it_could_hide_the_port(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--config=serve.yaml", "--config: memopt reads"),
+        ("--por=9000", "--por: write --port in full"),
+        ("--attention_back=X", "write --attention-backend in full"),
+    ],
+)
+def test_options_that_memopt_would_not_see_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, words: str
 ) -> None:
     monkeypatch.setattr(job, "vllm_kind", lambda: "cpu")
     keys = ThinKeys(key_keep=0.5, channels=tmp_path / "keys")
-    with pytest.raises(BadInput, match="--config: memopt reads"):
-        job.check(ServeRequest(model="m", keys=keys, options=("--config", "serve.yaml")))
+    with pytest.raises(BadInput, match=words):
+        job.check(ServeRequest(model="m", keys=keys, options=(option,)))
+
+
+def test_calibration_by_several_engines_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(job, "vllm_kind", lambda: "cpu")
+    asked = Calibration(path=tmp_path / "keys", keep=0.5)
+    for option in ("--data-parallel-size=2", "-dp=2"):
+        request = ServeRequest(model="m", keys=ThinKeys(key_keep=1.0), calibration=asked, options=(option,))
+        with pytest.raises(BadInput, match="each engine sees only its share"):
+            job.check(request)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
@@ -98,11 +116,11 @@ def test_without_vllm_the_remedy_is_named(capsys: pytest.CaptureFixture[str]) ->
 
 
 SERVER = """
-import http.server, json, os, sys
-receipt, port = sys.argv[1], int(sys.argv[2])
+import http.server, json, os, socketserver, sys
+receipt, place = sys.argv[1], sys.argv[2]
 if receipt:
     open(os.environ["MEMOPT_VLLM_RECEIPT"], "w").write(receipt)
-if port == 0:
+if place == "0":
     sys.exit(7)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -110,7 +128,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/health" and receipt:
             self.server.answered = True
     def log_message(self, *_): pass
-server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+if place.startswith("/"):
+    Handler.address_string = lambda self: "local"
+    server = socketserver.UnixStreamServer(place, Handler)
+else:
+    server = http.server.HTTPServer(("127.0.0.1", int(place)), Handler)
 server.answered = False
 while not server.answered:
     server.handle_request()
@@ -125,18 +147,20 @@ def start(
     *,
     ends: bool = False,
     calibration: Calibration | None = None,
+    path: Path | None = None,
 ) -> tuple[int, list[str]]:
     """`serve` with a child that answers /health, or ends at once with 7."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     text = "" if receipt is None else json.dumps(receipt)
-    child = [sys.executable, "-c", SERVER, text, "0" if ends else str(port)]
+    child = [sys.executable, "-c", SERVER, text, "0" if ends else str(path or port)]
+    where = ("--port", str(port)) if path is None else ("--uds", str(path))
     monkeypatch.setattr(job, "command", lambda _: child)
     monkeypatch.setattr(job, "_version", lambda _: "0.32.0")
     said: list[str] = []
     keys = ThinKeys(key_keep=1.0) if calibration else ThinKeys(key_keep=0.5, channels=directory / "keys")
-    request = ServeRequest(model="m", keys=keys, calibration=calibration, options=("--port", str(port)))
+    request = ServeRequest(model="m", keys=keys, calibration=calibration, options=where)
     before = signal.getsignal(signal.SIGTERM)
     try:
         return serve(request, plan(), on_ready=said.append), said
@@ -147,6 +171,32 @@ def start(
 def test_a_server_that_answers_without_the_plugin_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(NotPruned, match="rather than left to serve whole keys"):
         start(monkeypatch, tmp_path, None)
+
+
+def test_a_server_on_a_socket_of_its_own_is_watched_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "vllm.sock"
+    noted = {"layers": 2, "head_size": 64, "kept": 32}
+    assert start(monkeypatch, tmp_path, noted, path=path) == (5, ["serving 32 of 64 key channels in 2 layers"])
+    path.unlink()
+    with pytest.raises(NotPruned, match="rather than left to serve whole keys"):
+        start(monkeypatch, tmp_path, None, path=path)
+
+
+def test_a_closed_terminal_ends_the_server(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from memopt.jobs import serve as job
+from memopt.patches.vllm_config import ThinKeys
+job._version = lambda _: "0.32.0"
+job.command = lambda _: [sys.executable, "-c", "import time; time.sleep(60)"]
+job._answers = lambda _: os.kill(os.getpid(), signal.SIGHUP)
+keys = ThinKeys(key_keep=0.5, channels=Path("keys"))
+sys.exit(job.serve(job.ServeRequest(model="m", keys=keys), None))
+"""
+    # a server that lived on would hold the pipes open
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
 
 
 def test_what_the_plugin_refused_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -81,8 +81,12 @@ def config(**changed: Any) -> Any:
         kv_transfer_config=changed.get("transfer"),
         use_v2_model_runner=changed.get("v2", False),
         parallel_config=parallel,
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=changed.get("no_hybrid")),
         model_config=SimpleNamespace(
-            use_mla=changed.get("mla", False), hf_config=SimpleNamespace(**text | changed.get("text", {}))
+            is_mm_prefix_lm=changed.get("prefix_lm", False),
+            rswa_window=None,
+            use_mla=changed.get("mla", False),
+            hf_config=SimpleNamespace(**text | changed.get("text", {})),
         ),
     )
 
@@ -101,6 +105,7 @@ def test_what_a_server_may_be_asked_for(tmp_path: Path) -> None:
         ({"dcp": 2}, "decode_context_parallel_size"),
         ({"pcp": 2}, "prefill_context_parallel_size"),
         ({"mla": True}, "MLA"),
+        ({"prefix_lm": True}, "not plainly causal"),
         ({"text": {"vocab_size": 7}}, "another model"),
     ],
 )
@@ -159,6 +164,23 @@ def test_layers_that_would_not_be_thin_are_refused(changed: dict[str, Any], word
     vllm_guard.check_layer(layer(), Ours)
     with pytest.raises(BadInput, match=words):
         vllm_guard.check_layer(layer(**changed), Ours)
+
+
+def test_a_window_needs_groups_of_its_own_kind(tmp_path: Path) -> None:
+    vllm_guard.check_config(config(no_hybrid=True), keys_of(tmp_path))
+    with pytest.raises(BadInput, match="kept for all tokens"):
+        vllm_guard.check_config(config(no_hybrid=True), keys_of(tmp_path, recent=8))
+    vllm_guard.check_config(config(v2=True), keys_of(tmp_path, recent=8))
+    with pytest.raises(BadInput, match="V1 model runner"):
+        vllm_guard.check_config(config(v2=True), keys_of(tmp_path, recent=8, exact_prefill=True))
+
+
+@needs_vllm
+def test_a_layer_without_channels_is_refused_before_any_prompt(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path)
+    vllm_guard.check_channels(layer(layer_name="model.layers.1.attn"), keys)
+    with pytest.raises(BadInput, match=r"no channels for model\.layers\.7\.attn"):
+        vllm_guard.check_channels(layer(layer_name="model.layers.7.attn"), keys)
 
 
 @needs_vllm

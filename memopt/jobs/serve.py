@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -40,7 +40,14 @@ _REFUSED_OPTIONS = {
 _LENGTH = "--max-model-len"
 _BLOCK_TOKENS = {"cpu": 128, "gpu": 16}
 """vLLM's own choice where --block-size is not given."""
+_READ = (
+    *("--host", "--port", "--uds", "--ssl-certfile", "--config", "--dtype", "--block-size", _LENGTH),
+    *("--kv-cache-memory-bytes", "--kv-cache-dtype", "--kv-transfer-config", "--attention-backend"),
+    "--data-parallel-size",
+)
+"""Options of vLLM that memopt goes by."""
 _POLL_S = 0.5
+_ANSWER_S = 2.0
 _STOP_S = 30.0
 
 
@@ -90,9 +97,10 @@ def check(request: ServeRequest) -> ServePlan:
     if request.keys.thins:
         _check_options(request)
     plugins = entry_points(group="vllm.general_plugins")
-    if request.patched and request.option("--config") is not None:
-        # a port that memopt does not know of would leave a server unwatched
-        raise BadInput("--config: memopt reads vLLM's options from the command line only; write them after --")
+    if request.patched:
+        _check_spelling(request)
+    if request.calibration is not None and request.option("--data-parallel-size", "-dp") not in (None, "1"):
+        raise BadInput("--data-parallel-size above 1: each engine sees only its share; calibrate with 1")
     if request.patched and not any(each.value.startswith("memopt.") for each in plugins):
         raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
     _check_port(request)
@@ -146,8 +154,9 @@ def serve(request: ServeRequest, plan: ServePlan, *, on_ready: Callable[[str], N
             if on_ready is not None:
                 on_ready(f"memopt's gauges: {gauges.url}")
         recorded_before = _changed(request)
+        servers = stack.enter_context(_passed_on())
         child = subprocess.Popen(command(request), env=environment)
-        stack.enter_context(_passed_on(child))
+        servers.append(child)
         try:
             _until_ready(request, child, receipt, on_ready)
             code = child.wait()
@@ -163,7 +172,10 @@ def serve(request: ServeRequest, plan: ServePlan, *, on_ready: Callable[[str], N
 
 def command(request: ServeRequest) -> list[str]:
     """vLLM's own command line."""
-    backend = ["--attention-backend", "CUSTOM"] if request.keys.thins and vllm_kind() == "gpu" else []
+    backend = []
+    if request.patched and vllm_kind() == "gpu" and request.option("--attention-backend") is None:
+        # a calibration wants a backend that tells where each request's queries are
+        backend = ["--attention-backend", "CUSTOM" if request.keys.thins else "TRITON_ATTN"]
     # CUDA graphs would run without being seen
     eager = ["--enforce-eager"] if request.calibration is not None else []
     more = [*request.options, *backend, *eager]
@@ -201,26 +213,22 @@ def _until_ready(
     request: ServeRequest, child: subprocess.Popen[bytes], receipt: Path, on_ready: Callable[[str], None] | None
 ) -> None:
     """Wait until the server answers or has ended; a server that answers without a receipt is not pruned."""
-    host = _host(request)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{_port(request)}/health"
-    while request.option("--uds") is None:
+    while not _answers(request):
         try:
             child.wait(_POLL_S)
             return
         except subprocess.TimeoutExpired:
             pass
-        if _answers(address):
-            break
     if not request.patched:
         return
     found = Receipt.load(receipt)
-    if found is None and request.option("--uds") is None:
+    if found is None:
         idle = "serve whole keys" if request.keys.thins else "serve unheard"
         raise NotPruned(
             "the server answers, but memopt's plugin was never heard of in it (does something unset VLLM_PLUGINS or "
             f"the variables {VARIABLE_PREFIX}*?); it was stopped rather than left to {idle}"
         )
-    if on_ready is None or found is None:
+    if on_ready is None:
         return
     if request.calibration is not None:
         on_ready(f"serving whole keys; what prompts ask of {found.layers} layers goes to {request.calibration.path}")
@@ -242,17 +250,23 @@ def _recorded(asked: Calibration, *, new: bool) -> str:
 
 
 @contextlib.contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A request to end memopt is one to end the server."""
+def _passed_on() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A request to end memopt, or a closed terminal, is one to end the server, as soon as it is in the list."""
+    servers: list[subprocess.Popen[bytes]] = []
 
     def end(number: int, _: object) -> None:
-        child.send_signal(signal.SIGTERM)
+        if not servers:
+            raise SystemExit(128 + number)
+        servers[0].send_signal(signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, end)
+    # what was told to survive a closed terminal does
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
-        yield
+        yield servers
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
@@ -278,6 +292,17 @@ def _gauges(request: ServeRequest, plan: ServePlan, sampler: TreeSampler, receip
     if found is not None:
         rows.append(("memopt_kv_page_bytes", "One block in one layer, as the engine counts it", found.page_bytes))
     return exposition(Metric(name=name, kind="gauge", help=text, samples=(({}, value),)) for name, text, value in rows)
+
+
+def _check_spelling(request: ServeRequest) -> None:
+    """A port that memopt does not know of would leave a server unwatched."""
+    if request.option("--config") is not None:
+        raise BadInput("--config: memopt reads vLLM's options from the command line only; write them after --")
+    for text in request.options:
+        name = text.partition("=")[0].replace("_", "-")
+        meant = [each for each in _READ if each.startswith(name) and each != name]
+        if name.startswith("--") and len(name) > 2 and meant:
+            raise BadInput(f"{name}: write {meant[0]} in full, since memopt reads it too")
 
 
 def _check_options(request: ServeRequest) -> None:
@@ -363,12 +388,27 @@ def _port(request: ServeRequest) -> int:
     return _whole(request.option("--port") or "8000", "--port")
 
 
-def _answers(address: str) -> bool:
+def _answers(request: ServeRequest) -> bool:
+    """Whether anything answers where the server is to be; with what does not matter."""
+    host, path = _host(request), request.option("--uds")
+    connection = http.client.HTTPConnection(host, _port(request), timeout=_ANSWER_S)
+    if path is not None:
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(_ANSWER_S)
+    elif request.option("--ssl-certfile") is not None:
+        unchecked = ssl.create_default_context()
+        unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, _port(request), timeout=_ANSWER_S, context=unchecked)
     try:
-        with urllib.request.urlopen(address, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
+        if path is not None:
+            connection.sock.connect(path)
+        connection.request("GET", "/health")
+        connection.getresponse()
+    except (http.client.HTTPException, OSError):
         return False
+    finally:
+        connection.close()
+    return True
 
 
 def _version(name: str) -> str | None:
