@@ -39,8 +39,10 @@ class ThinLayerLike(Protocol):
 class ThinKeys:
     """Stands for a layer's keys (and values) between the cache and the attention function; has a tensor's measures."""
 
-    def __init__(self, layer: ThinLayerLike, like: Tensor, tokens: int) -> None:
+    def __init__(self, layer: ThinLayerLike, like: Tensor, tokens: int, values: Tensor) -> None:
         self.layer = layer
+        self.values = values
+        """What was handed out beside them."""
         self.shape = (*like.shape[:2], tokens, like.shape[3])
         self.dtype, self.device = like.dtype, like.device
 
@@ -146,6 +148,8 @@ def _dispatch(
 ) -> Any:
     if not isinstance(key, ThinKeys):
         return stock(module, query, key, value, mask, **options)
+    if value is not key.values:
+        raise BadInput(f"{type(module).__name__} changes its values behind the cache; ThinKCache cannot serve it")
     return key.layer.attend(cast(Stock, stock), module, query, mask, options)
 
 

@@ -8,6 +8,7 @@ memopt.kv.state.
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ from memopt.kv.channel_file import ChannelSets, load_channels
 from memopt.kv.channels import kept_count
 from memopt.kv.joint import ASKED, observe_spread
 from memopt.kv.rows import Rows
-from memopt.kv.settings import Fold, Score, Storage, ThinSettings
+from memopt.kv.settings import Fold, Score, Storage, ThinSettings, check_number
 from memopt.kv.state import ThinState
 from memopt.kv.window import Window, observe
 from memopt.patches import hf_attention
@@ -78,12 +79,12 @@ class ThinLayer(DynamicLayer):
         self._waiting = True
         if self.state is not None:
             self.state.append(key_states, value_states)
-            return ThinKeys(self, key_states, self.state.tokens), value_states
+            return ThinKeys(self, key_states, self.state.tokens, value_states), value_states
         assert self._dense_values is not None
         # the first keys are held as they come, without a copy: they live until this layer's attention has run
         self._dense_keys = key_states if self._dense_keys is None else torch.cat([self._dense_keys, key_states], 2)
         self._dense_values.append(value_states)
-        return ThinKeys(self, key_states, self._dense_keys.shape[2]), value_states
+        return ThinKeys(self, key_states, self._dense_keys.shape[2], value_states), value_states
 
     def attend(
         self, stock: Stock, module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]
@@ -156,6 +157,8 @@ class ThinLayer(DynamicLayer):
 
     def activate_past_recording(self) -> None:
         """Called where tokens may be taken back: assisted generation puts drafts behind the prompt."""
+        if self._settings.fold == "prune":
+            raise BadInput("fold='prune' drops channels that drafts taken back would have left whole; use fold='keep'")
         self.drafts_expected = True
 
     def offload(self) -> None:
@@ -273,7 +276,13 @@ class ThinKCache(Cache, AbstractContextManager["ThinKCache"]):
     ) -> None:
         _refuse_versions()
         text = served(model)
+        if channels is not None and not isinstance(channels, str | os.PathLike):
+            raise BadInput(f"channels = {channels!r}: must be the path of a file of memopt calibrate-keys")
         sets = None if channels is None else load_channels(Path(channels), _identity(model))
+        if key_keep is not None:
+            check_number("key_keep", key_keep)
+        if prompt_tokens is not None:
+            check_number("prompt_tokens", prompt_tokens, whole=True)
         if prompt_tokens is not None and prompt_tokens < 1:
             raise BadInput(f"prompt_tokens = {prompt_tokens}: must be at least 1")
         self.settings = ThinSettings(
@@ -363,7 +372,8 @@ def _refuse_versions() -> None:
 def served(model: PreTrainedModel) -> Any:
     """The configuration of the language model; BadInput with the reason for models the cache does not serve."""
     if not isinstance(model, PreTrainedModel):
-        raise BadInput(f"ThinKCache needs a Hugging Face model, not {type(model).__name__}")
+        inside = "; give it the model inside, get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise BadInput(f"ThinKCache needs a Hugging Face model, not {type(model).__name__}{inside}")
     config = model.config
     text = config.get_text_config(decoder=True)
     name = f"{text.model_type}:"
@@ -375,7 +385,9 @@ def served(model: PreTrainedModel) -> Any:
         )
     if getattr(text, "num_kv_shared_layers", 0):
         raise BadInput(f"{name} layers that read another layer's keys would need its dense keys; ThinKCache drops them")
-    static = getattr(model.generation_config, "cache_implementation", None)
+    if text.model_type == "doge":
+        raise BadInput(f"{name} its masks are made of all cached values, which ThinKCache does not hand out")
+    static = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
     if static not in (None, "dynamic"):
         raise BadInput(
             f"{name} its generation_config wants a {static!r} cache, whose shapes never change, so no channel could go;"

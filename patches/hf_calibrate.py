@@ -32,7 +32,7 @@ class _ScoringLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         self._now = key_states, value_states
-        return ThinKeys(self, key_states, key_states.shape[2]), value_states
+        return ThinKeys(self, key_states, key_states.shape[2], value_states), value_states
 
     def attend(
         self, stock: Stock, module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     DynamicCache,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -265,3 +267,37 @@ def test_channel_files_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no channels for layer 1"):
         ThinKCache(model, channels=path)
     assert not hf_attention.is_attached(model)
+
+
+def test_a_model_that_changes_its_values_behind_the_cache_is_refused() -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 97, "num_hidden_layers": 2}
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    with ThinKCache(model, key_keep=1.0) as cache, pytest.raises(BadInput, match="changes its values behind the cache"):
+        feed(model, cache, prompt())
+
+
+def test_drafts_and_folding_exclude_each_other() -> None:
+    model = tiny_model()
+    with (
+        ThinKCache(model, fold="prune", prompt_tokens=50, **SETTINGS) as cache,
+        pytest.raises(BadInput, match="use fold='keep'"),
+    ):
+        model.generate(prompt(), past_key_values=cache, max_new_tokens=40, prompt_lookup_num_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_keep": "0.6"},
+        {"value_keep": None},
+        {"recent": 8.5},
+        {"observation": True},
+        {"evict": 40.5},
+        {"prompt_tokens": "5"},
+        {"channels": 5},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=next(iter(options))):
+        ThinKCache(tiny_model(), **options)

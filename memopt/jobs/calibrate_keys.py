@@ -72,6 +72,8 @@ def calibrate_keys(
     path = Path(out)
     if not path.parent.is_dir():
         raise BadInput(f"--out {path}: no such directory {path.parent}; make it first")
+    if path.is_dir():
+        raise BadInput(f"--out {path}: is a directory; name a file")
     directory = resolve_checkpoint(model)
     tokenizer = load_tokenizer(str(directory))
     loaded = _load(directory, device) if engine == "hf" else None
@@ -103,7 +105,7 @@ def calibrate_keys(
                 options=dict(engine_options or {}),
             )
     except BadInput as error:
-        if used:
+        if used or "no text" not in str(error):
             raise
         raise BadInput(f"data {data}: {error} (at least {LEAST_TOKENS} tokens in one document)") from error
     identity, scores, tokens = found
@@ -149,6 +151,6 @@ def _load(directory: Path, device: str | None) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False)
         return model.to(place).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{directory}: the model cannot be loaded on {place} ({first})") from error

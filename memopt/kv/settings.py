@@ -37,8 +37,11 @@ class ThinSettings:
     def __post_init__(self) -> None:
         for name in ("key_keep", "value_keep"):
             share = getattr(self, name)
+            check_number(name, share)
             if not 0.0 < share <= 1.0:
                 raise BadInput(f"{name} = {share}: the share of channels to keep must lie in (0, 1]")
+        for name in ("observation", "recent", *(["evict"] if self.evict is not None else [])):
+            check_number(name, getattr(self, name), whole=True)
         if self.observation < 1:
             raise BadInput(f"observation = {self.observation}: at least one query must choose the channels")
         if self.recent < 0:
@@ -69,3 +72,9 @@ class ThinSettings:
     def bits(self) -> int | None:
         """Bits of a stored element; None: as the model computes."""
         return {None: None, "int8": 8, "int4": 4}[self.storage]
+
+
+def check_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Raise BadInput for what is no number, or with `whole` no whole one."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise BadInput(f"{name} = {value!r}: must be a {'whole ' if whole else ''}number")
