@@ -79,8 +79,9 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
     """
     _register()
     held = _held.get(model)
-    if held is None:
-        base = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
+    if held is None or not is_attached(model):  # an older cache may be alive, and the implementation changed since
+        # a copied model, or one that shares its configuration with another, is called as the other is now
+        base = (model.config.get_text_config(decoder=True)._attn_implementation or "eager").removeprefix(PREFIX)
         if base not in _BASES:
             raise BadInput(
                 f"ThinKCache works with attn_implementation 'sdpa' or 'eager', not {base!r}:"
@@ -93,7 +94,9 @@ def attach(model: PreTrainedModel) -> Callable[[], None]:
                 f"{type(model).__name__} does not take attention functions from transformers' AttentionInterface;"
                 " ThinKCache cannot serve it"
             )
-        held = _held[model] = _Held(base)
+        if held is None:
+            held = _held[model] = _Held(base)
+        held.base = base
     held.count += 1
     reference, done = weakref.ref(model), False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -301,3 +302,22 @@ def test_drafts_and_folding_exclude_each_other() -> None:
 def test_what_is_no_number_is_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=next(iter(options))):
         ThinKCache(tiny_model(), **options)
+
+
+def test_an_implementation_changed_under_an_older_cache_is_taken_up() -> None:
+    model = tiny_model()
+    with ThinKCache(model, **SETTINGS):
+        model.set_attn_implementation("eager")
+        with ThinKCache(model, **SETTINGS) as newer:
+            feed(model, newer, prompt())
+            feed(model, newer, prompt(1))
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_copy_of_an_attached_model_can_be_served_and_gets_its_own_attention_back() -> None:
+    model = tiny_model()
+    with ThinKCache(model, **SETTINGS):
+        copied = copy.deepcopy(model)
+    with ThinKCache(copied, **SETTINGS) as cache:
+        feed(copied, cache, prompt())
+    assert (model.config._attn_implementation, copied.config._attn_implementation) == ("sdpa", "sdpa")
