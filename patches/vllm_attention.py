@@ -115,7 +115,7 @@ class ThinCPUImpl(CPUAttentionBackendImpl):
         thin = pick(key, channels.kept)
         if not self._stock_kernel:
             write_rows(kv_cache, torch.cat((thin, value), dim=-1), slot_mapping)
-            if self._keys.recent and self._keys.thins:
+            if self._keys.windowed:
                 vllm_recent.write(layer, pick(key, channels.dropped))
             return
         pages, *slices = self._slices(kv_cache, thin.shape[-1])
@@ -170,7 +170,7 @@ class ThinCPUImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         channels = channels_of(layer, self._keys, query.device)
         suffix = None
-        if self._keys.recent and self._keys.thins:
+        if self._keys.windowed:
             suffix = vllm_recent.suffix(layer, row.number, row.context, pick(key, channels.dropped), self._keys)
         rows = gather_rows(kv_cache, metadata.block_table[row.number], row.tokens)
         return thin_attention(query, rows, channels.kept, channels.dropped, scale=self.scale, suffix=suffix)

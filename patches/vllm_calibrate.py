@@ -20,6 +20,7 @@ from memopt.kv.joint import drop_order, observe_spread, set_errors
 from memopt.kv.score_sums import LEAST_TOKENS, RECENT, MeanScores
 from memopt.kv.window import observe
 from memopt.patches.vllm_guard import refuse
+from memopt.patches.vllm_rows import Row, rows_between
 
 _SILENT = ("FLASHINFER",)
 """Backends whose metadata has no query_start_loc and seq_lens."""
@@ -37,7 +38,7 @@ class Recorder:
         self._errors = MeanScores()
         self._heard: dict[int, tuple[int, int]] = {}  # prompts and tokens, by layer
         self._lock = threading.Lock()
-        self._rows: tuple[Any, list[tuple[int, int]]] = (None, [])
+        self._step: tuple[Any, list[Row]] = (None, [])
         self._on = False
         self._dtype = torch.float32
         self.layers: set[int] = set()
@@ -53,17 +54,17 @@ class Recorder:
             return
         with self._lock:
             self._dtype = query.dtype
-            for begin, end in self._prompts(metadata):
+            for row in self._prompts(metadata):
                 # (1, H, T, D), (1, K, T, D)
-                asking, looked_at = (states[begin:end].transpose(0, 1)[None] for states in (query, key))
+                asking, looked_at = (states[row.begin : row.end].transpose(0, 1)[None] for states in (query, key))
                 if self._asked is None:
-                    window = observe(asking, None, 0, self._observation or end - begin)
+                    window = observe(asking, None, 0, self._observation or row.tokens)
                 else:
                     window = observe_spread(asking, None, 0, self._asked)
                 errors = set_errors(window, looked_at, None, scaling=scale, recent=RECENT)
                 self._errors.add(layer, errors[0])
                 prompts, tokens = self._heard.get(layer, (0, 0))
-                self._heard[layer] = prompts + 1, tokens + end - begin
+                self._heard[layer] = prompts + 1, tokens + row.tokens
 
     @property
     def prompts(self) -> int:
@@ -82,18 +83,14 @@ class Recorder:
             tokens = max(tokens for _, tokens in self._heard.values())
         return {layer: drop_order(mean, mean.shape[-1]) for layer, mean in means.items()}, tokens
 
-    def _prompts(self, metadata: Any) -> list[tuple[int, int]]:
-        """(begin, end) of each row of the step that has no context; layers of a group share them."""
-        known, spans = self._rows
+    def _prompts(self, metadata: Any) -> list[Row]:
+        """The rows of the step that have no context and something to say; layers of a group share them."""
+        known, prompts = self._step
         if known is not metadata:
-            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-            spans = [
-                (begin, end)
-                for begin, end, tokens in zip(starts, starts[1:], lengths, strict=False)
-                if end - begin == tokens >= LEAST_TOKENS
-            ]
-            self._rows = (metadata, spans)
-        return spans
+            rows = rows_between(metadata.query_start_loc.tolist(), metadata.seq_lens.tolist())
+            prompts = [row for row in rows if row.context == 0 and row.tokens >= LEAST_TOKENS]
+            self._step = (metadata, prompts)
+        return prompts
 
 
 def watch(recorder: Recorder, on_start: Callable[[Any], Callable[[], None]] | None = None) -> Callable[[], None]:
@@ -132,7 +129,7 @@ def watch(recorder: Recorder, on_start: Callable[[Any], Callable[[], None]] | No
             done = warm_up()
             recorder.start()
             if on_start is not None:
-                _before(self, "shutdown", on_start(self.vllm_config))
+                _before_shutdown(self, on_start(self.vllm_config))
             return done
 
         self.compile_or_warm_up_model = warmed_up  # of this worker, whatever its class
@@ -145,14 +142,14 @@ def watch(recorder: Recorder, on_start: Callable[[Any], Callable[[], None]] | No
     return undo
 
 
-def _before(worker: Any, name: str, call: Callable[[], None]) -> None:
-    method = getattr(worker, name)
+def _before_shutdown(worker: Any, call: Callable[[], None]) -> None:
+    shutdown = worker.shutdown
 
-    def both() -> Any:
+    def both() -> None:
         call()
-        return method()
+        shutdown()
 
-    setattr(worker, name, both)
+    worker.shutdown = both
 
 
 def check_config(config: Any) -> None:

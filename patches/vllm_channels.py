@@ -88,17 +88,24 @@ def heads_of_rank(total: int, local: int, world: int, rank: int) -> slice:
     return slice(start, start + local)
 
 
+def kept_of(layer: Any, keys: ThinKeys) -> torch.Tensor:
+    """The channels an attention layer keeps, of all ranks' heads, (H_kv, D_kept). Raises BadInput without any."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    kept = sets_of(keys).keys.get(extract_layer_index(layer.layer_name))
+    if kept is None:
+        raise BadInput(f"{keys.channels} has no channels for {layer.layer_name}; calibrate again")
+    return kept
+
+
 def _cut(layer: Any, keys: ThinKeys, device: torch.device) -> LayerChannels:
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-    from vllm.model_executor.models.utils import extract_layer_index
 
     width, local = layer.head_size, layer.num_kv_heads
     if not keys.thins:
         kept = torch.arange(width).expand(local, width)
     else:
-        index, sets = extract_layer_index(layer.layer_name), sets_of(keys)
-        if index not in sets.keys:
-            raise BadInput(f"{keys.channels} has no channels for {layer.layer_name}; calibrate again")
         world, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        kept = sets.keys[index][heads_of_rank(sets.model.kv_heads, local, world, rank)]
+        every = kept_of(layer, keys)
+        kept = every[heads_of_rank(len(every), local, world, rank)]
     return LayerChannels(torch.cat((kept, complement(kept, width)), dim=1).to(device), kept.shape[1])

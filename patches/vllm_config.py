@@ -47,8 +47,7 @@ class ThinKeys:
     kernel: Kernel = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 < self.key_keep <= 1:
-            raise BadInput(f"key_keep: {self.key_keep} is not in (0, 1]; 0.6 keeps 60% of the key channels")
+        _check_share(self.key_keep)
         if self.key_keep < 1 and self.channels is None:
             raise BadInput(
                 f"key_keep: {self.key_keep} needs a channel file that says which channels to keep; make one with "
@@ -68,6 +67,11 @@ class ThinKeys:
         """Whether anything is dropped at all."""
         return self.key_keep < 1
 
+    @property
+    def windowed(self) -> bool:
+        """Whether there are dropped channels of recent tokens to keep, and to read."""
+        return self.thins and self.recent > 0
+
     def environment(self) -> dict[str, str]:
         """The variables that carry this to another process."""
         given = {_KEEP: repr(self.key_keep), _KERNEL: self.kernel, _RECENT: str(self.recent)}
@@ -85,8 +89,7 @@ class Calibration:
     keep: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise BadInput(f"key_keep: {self.keep} is not in (0, 1]; 0.6 keeps 60% of the key channels")
+        _check_share(self.keep)
 
     def environment(self) -> dict[str, str]:
         """The variables that carry this to another process."""
@@ -116,6 +119,11 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> ThinKeys | 
         exact_prefill=_whole(environment, _EXACT_PREFILL) != 0,
         kernel=environment.get(_KERNEL, "auto"),  # type: ignore[arg-type]  # checked in __post_init__
     )
+
+
+def _check_share(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise BadInput(f"key_keep: {keep} is not in (0, 1]; 0.6 keeps 60% of the key channels")
 
 
 def _number(environment: Mapping[str, str], name: str) -> float:

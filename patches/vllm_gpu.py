@@ -24,7 +24,7 @@ from memopt.kv import triton_thin
 from memopt.kv.paged import dense_attention, pick
 from memopt.patches import vllm_recent
 from memopt.patches.vllm_channels import channels_of, kept_width, thin_spec
-from memopt.patches.vllm_config import ThinKeys, configured
+from memopt.patches.vllm_config import configured
 from memopt.patches.vllm_rows import Row, rows_of
 
 _FEW_ROWS, _PROMPT_ROWS = 16, 32
@@ -148,9 +148,9 @@ class ThinOwnBuilder(AttentionMetadataBuilder):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         self._kv_heads = kv_cache_spec.num_kv_heads
         self._group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        self._queries = triton_thin.query_tiles([], self._group)[1]
         requests = vllm_config.scheduler_config.max_num_seqs
-        self._single = triton_thin.query_tiles([1] * requests, self._group)[0].to(device)
+        single, self._queries = triton_thin.query_tiles([1] * requests, self._group, _FEW_ROWS)
+        self._single = single.to(device)
         self._exact_from = torch.zeros(requests, dtype=torch.int32, device=device)
         # a few waves of programs; the interpreter's count only has to exercise splitting
         self._programs = (
@@ -171,13 +171,13 @@ class ThinOwnBuilder(AttentionMetadataBuilder):
             starts=common.query_start_loc,
             lengths=common.seq_lens,
             table=common.block_table_tensor,
-            exact_from=self._windows(common) if has_window(self._keys) else None,
+            exact_from=self._windows(common) if self._keys.windowed else None,
         )
 
     def _sorted(self, common: Any) -> tuple[list[Row], list[Launch]]:
         prompts: list[Row] = []
         few, many = [0] * common.num_reqs, [0] * common.num_reqs
-        dense = self._keys.thins and not has_window(self._keys)
+        dense = self._keys.thins and not self._keys.windowed
         for row in rows_of(common):
             if dense and row.context == 0:
                 prompts.append(row)
@@ -220,8 +220,8 @@ class ThinOwnImpl(TritonAttentionDiffKVImpl):
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Put the new tokens' key channels, kept and dropped, and values into their pages."""
-        rest_slots = vllm_recent.pages(layer)[1] if has_window(self._keys) else None
-        pages, count = self._pages(layer, kv_cache), len(slot_mapping)
+        rest, rest_slots = vllm_recent.pages(layer) if self._keys.windowed else (None, None)
+        pages, count = self._pages(layer, kv_cache, rest), len(slot_mapping)
         triton_thin.write(key[:count], value[:count], pages, slot_mapping, rest_slots)
 
     def forward(
@@ -246,9 +246,11 @@ class ThinOwnImpl(TritonAttentionDiffKVImpl):
             output[mine] = dense_attention(query[mine], key[mine], value[mine], scale=self.scale)
         if not step.launches:
             return output
-        rest = vllm_recent.block_table(layer) if has_window(self._keys) else None
-        tables = triton_thin.Tables(thin=step.table, rest=rest, exact_from=step.exact_from)
-        pages = self._pages(layer, kv_cache)
+        rest = rest_table = None
+        if self._keys.windowed:
+            rest, rest_table = vllm_recent.pages(layer)[0], vllm_recent.block_table(layer)
+        tables = triton_thin.Tables(thin=step.table, rest=rest_table, exact_from=step.exact_from)
+        pages = self._pages(layer, kv_cache, rest)
         for launch in step.launches:
             triton_thin.attend(
                 query,
@@ -264,12 +266,6 @@ class ThinOwnImpl(TritonAttentionDiffKVImpl):
             )
         return output
 
-    def _pages(self, layer: Any, kv_cache: torch.Tensor) -> triton_thin.ThinPages:
+    def _pages(self, layer: Any, kv_cache: torch.Tensor, rest: torch.Tensor | None) -> triton_thin.ThinPages:
         channels = channels_of(layer, self._keys, kv_cache.device)
-        rest = vllm_recent.pages(layer)[0] if has_window(self._keys) else None
         return triton_thin.ThinPages(thin=kv_cache, channels=channels.order, kept=channels.keep, rest=rest)
-
-
-def has_window(keys: ThinKeys) -> bool:
-    """Whether there are dropped channels of recent tokens to read."""
-    return keys.thins and keys.recent > 0

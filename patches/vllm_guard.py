@@ -17,7 +17,7 @@ from memopt import atomic
 from memopt.errors import BadInput
 from memopt.kv.channel_file import check_same_model
 from memopt.patches.hf_identity import identity_of
-from memopt.patches.vllm_channels import kept_width, sets_of
+from memopt.patches.vllm_channels import kept_of, kept_width, sets_of
 from memopt.patches.vllm_config import RECEIPT, ThinKeys
 from memopt.patches.vllm_recent import SUFFIX
 
@@ -116,10 +116,10 @@ def check_layer(layer: Any, backend: type) -> None:
 
 def check_channels(layer: Any, keys: ThinKeys) -> None:
     """Refuse a layer that the file says nothing about, before any prompt asks for it."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    if extract_layer_index(layer.layer_name) not in sets_of(keys).keys:
-        raise refuse(f"{keys.channels} has no channels for {layer.layer_name}; calibrate again")
+    try:
+        kept_of(layer, keys)
+    except BadInput as error:
+        raise refuse(str(error)) from error
 
 
 def check_specs(specs: Sequence[Mapping[str, Any]], keys: ThinKeys) -> None:
@@ -133,7 +133,7 @@ def check_specs(specs: Sequence[Mapping[str, Any]], keys: ThinKeys) -> None:
         full = getattr(spec, "head_size_v", None)
         if full is None or spec.head_size != kept_width(keys, full):
             raise refuse(f"{name}: pages of the kind {type(spec).__name__} are not thin; use --key-keep 1")
-        if keys.recent and keys.thins and name + SUFFIX not in pages:
+        if keys.windowed and name + SUFFIX not in pages:
             raise refuse(f"{name}: has no recent window")
         widths.add((full, spec.head_size))
         page_bytes.add(spec.page_size_bytes)

@@ -15,6 +15,7 @@ from memopt.errors import BadInput
 from memopt.kv.channel_file import ChannelSets, ModelIdentity, save_channels
 from memopt.kv.channels import choose, kept_count
 from memopt.kv.joint import ASKED
+from memopt.kv.score_sums import MULTIPLE
 from memopt.patches.hf_files import resolve_checkpoint
 from memopt.patches.hf_identity import identity_of, stored_digest
 from memopt.patches.vllm_calibrate import Recorder, watch
@@ -23,8 +24,6 @@ from memopt.patches.vllm_guard import Receipt, refuse
 
 _LOOK_S = 1.0
 _LOOKS = 10
-_MULTIPLE = 16
-"""Kept channels are rounded up to this, as by memopt calibrate-keys: it suits vLLM's kernels."""
 
 
 class LiveFile:
@@ -36,7 +35,7 @@ class LiveFile:
 
     def __init__(self, recorder: Recorder, asked: Calibration, model: ModelIdentity) -> None:
         self._recorder, self._asked, self._model = recorder, asked, model
-        self._count = kept_count(model.head_dim, asked.keep, multiple=_MULTIPLE)
+        self._count = kept_count(model.head_dim, asked.keep, multiple=MULTIPLE)
         self._written = 0
         self._lock = threading.Lock()
         self._end = threading.Event()

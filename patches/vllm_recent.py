@@ -14,7 +14,7 @@ import torch
 
 from memopt.kv.paged import Suffix, write_rows
 from memopt.patches.vllm_channels import kept_width
-from memopt.patches.vllm_config import ThinKeys, configured
+from memopt.patches.vllm_config import ThinKeys
 
 SUFFIX = ".memopt_recent"
 
@@ -144,8 +144,3 @@ def _classes(thin_backend: Any) -> tuple[Any, Any]:
             )
 
     return RecentPages, Backend
-
-
-def is_recent(layer_name: str) -> bool:
-    """Whether a name in vLLM's forward context is one of ours."""
-    return layer_name.endswith(SUFFIX) and configured().recent > 0

@@ -29,6 +29,10 @@ def rows_of(common: Any) -> list[Row]:
     """
     lengths = common.seq_lens_cpu_upper_bound
     lengths = (common.seq_lens if lengths is None else lengths).tolist()
-    starts = common.query_start_loc_cpu.tolist()
+    return rows_between(common.query_start_loc_cpu.tolist(), lengths)
+
+
+def rows_between(starts: list[int], lengths: list[int]) -> list[Row]:
+    """The rows that have queries, of the starts of all (one more than rows) and their tokens in all."""
     spans = zip(starts, starts[1:], lengths, strict=False)
     return [Row(i, begin, end, tokens) for i, (begin, end, tokens) in enumerate(spans) if end > begin]

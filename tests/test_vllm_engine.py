@@ -11,7 +11,7 @@ import pytest
 
 from memopt.kv.channel_file import load_channels
 from memopt.patches.vllm_config import ThinKeys
-from tests.vllm_helpers import NEW_TOKENS, Setup, make_setup, write_channels
+from tests.vllm_helpers import Setup, farthest, make_setup, write_channels
 
 pytestmark = [
     pytest.mark.vllm,
@@ -35,11 +35,6 @@ def stock(setup: Setup) -> dict[str, Any]:
     return setup.run(passes=2, enable_prefix_caching=True)
 
 
-def farthest(found: dict[str, Any], logprobs: list[list[float]]) -> float:
-    pairs = zip(found["passes"][0]["logprobs"], logprobs, strict=True)
-    return max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
-
-
 @pytest.mark.parametrize("kernel", ["auto", "own"])
 def test_all_channels_give_the_stock_tokens_cold_and_from_the_prefix_cache(setup: Setup, kernel: Any) -> None:
     plain = stock(setup)
@@ -59,7 +54,7 @@ def test_logprobs_are_the_masked_references_and_there_are_more_blocks(setup: Set
     # whole prompts, but only 512 tokens a step: some prompts come beside steps of requests that are under way
     beside = {"max_model_len": 512, "max_num_batched_tokens": 512, "enable_chunked_prefill": False}
     found, plain = setup.run(keys, **beside), stock(setup)
-    tokens, logprobs = _reference(setup, keys)
+    tokens, logprobs = setup.reference(keys)
     assert found["passes"][0]["tokens"] == tokens
     assert farthest(found, logprobs) <= ATOL
     assert farthest(plain, logprobs) > 1e-2, "pruning was to be seen in the numbers"
@@ -71,19 +66,19 @@ def test_logprobs_are_the_masked_references_and_there_are_more_blocks(setup: Set
 def test_recent_window_and_prompts_in_chunks_are_exact(setup: Setup) -> None:
     keys = keys_of(setup, 0.5, recent=16, exact_prefill=True)
     found, plain = setup.run(keys, max_num_batched_tokens=128), stock(setup)
-    tokens, logprobs = _reference(setup, keys)
+    tokens, logprobs = setup.reference(keys)
     assert found["passes"][0]["tokens"] == tokens
     assert farthest(found, logprobs) <= ATOL
     # chunks without the exact mode, and no window, are both far from that
-    assert farthest(found, _reference(setup, keys, chunk=128)[1]) > 1e-4
-    assert farthest(found, _reference(setup, keys_of(setup, 0.5))[1]) > 1e-4
+    assert farthest(found, setup.reference(keys, chunk=128)[1]) > 1e-4
+    assert farthest(found, setup.reference(keys_of(setup, 0.5))[1]) > 1e-4
     assert found["blocks"] / plain["blocks"] == pytest.approx(2 / 1.5, rel=0.01)
 
 
 def test_each_rank_takes_the_channels_of_its_own_heads(setup: Setup) -> None:
     keys = keys_of(setup, 0.625, recent=16)
     found = setup.run(keys, tensor_parallel_size=2)
-    tokens, logprobs = _reference(setup, keys)
+    tokens, logprobs = setup.reference(keys)
     assert found["passes"][0]["tokens"] == tokens
     assert farthest(found, logprobs) <= ATOL
     # pages of one head on each: 128 tokens of 40 + 64 channels of 4 bytes, in two layers
@@ -102,7 +97,7 @@ def test_a_preempted_request_is_computed_anew_as_one_prompt(setup: Setup, option
     restarts, begun = 0, dict.fromkeys(range(len(short.prompts())), 0)
     while begun:
         prompts = [short.prompts()[i] + found["passes"][0]["tokens"][i][:n] for i, n in begun.items()]
-        tokens, logprobs = _greedy(setup, keys, prompts)
+        tokens, logprobs = setup.reference(keys, prompts)
         left = {}
         for (i, n), ours, sure in zip(begun.items(), tokens, logprobs, strict=True):
             one = found["passes"][0]
@@ -120,16 +115,3 @@ def test_channels_of_another_model_stop_the_engine(setup: Setup, tmp_path: Path)
     write_channels(path, 0.5, replace(load_channels(setup.channels(0.5)).model, vocab_size=999))
     said = setup.fail(ThinKeys(key_keep=0.5, channels=path))
     assert "belongs to another model (vocab_size 999 != 300)" in said
-
-
-def _greedy(
-    setup: Setup, keys: ThinKeys, prompts: list[list[int]], *, chunk: int = 10**6
-) -> tuple[list[list[int]], list[list[float]]]:
-    from tests.reference.thin_server import greedy
-
-    assert keys.channels is not None
-    return greedy(setup.model, prompts, NEW_TOKENS, load_channels(keys.channels), recent=keys.recent, chunk=chunk)
-
-
-def _reference(setup: Setup, keys: ThinKeys, *, chunk: int = 10**6) -> tuple[list[list[int]], list[list[float]]]:
-    return _greedy(setup, keys, setup.prompts(), chunk=chunk)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from memopt.kv.channel_file import load_channels
 from memopt.patches.vllm_config import ThinKeys
-from tests.vllm_helpers import Setup, make_setup
+from tests.vllm_helpers import Setup, farthest, make_setup
 
 ABSENT = [name for name in ("vllm", "triton") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -144,8 +143,6 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 def test_an_engine_with_memopts_kernel_gives_the_masked_references_logprobs(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, keep: float, options: dict[str, Any], second_runner: bool
 ) -> None:
-    from tests.reference.thin_server import greedy
-
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(second_runner)))
     keys = ThinKeys(key_keep=keep, channels=setup.channels(keep), **options)
     # all prompts do not fit in a step: some are computed beside single tokens of others, in chunks where that is exact
@@ -153,12 +150,9 @@ def test_an_engine_with_memopts_kernel_gives_the_masked_references_logprobs(
     beside = {"max_num_batched_tokens": 128} if keys.exact_prefill else whole
     found = setup.run(keys, block_size=16, kv_cache_memory_bytes=8 * 2**20, **beside)
     assert found["second_runner"] == second_runner
-    assert keys.channels is not None
-    sets = load_channels(keys.channels)
-    tokens, logprobs = greedy(setup.model, setup.prompts(), setup.new_tokens, sets, recent=keys.recent, chunk=10**6)
+    tokens, logprobs = setup.reference(keys)
     assert found["passes"][0]["tokens"] == tokens
-    pairs = zip(found["passes"][0]["logprobs"], logprobs, strict=True)
-    assert max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)) < 1e-5
+    assert farthest(found, logprobs) < 1e-5
 
 
 @pytest.mark.slow

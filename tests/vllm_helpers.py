@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from memopt.kv.channel_file import ChannelSets, save_channels
+from memopt.kv.channel_file import ChannelSets, load_channels, save_channels
 from memopt.kv.channels import choose
 from memopt.patches.hf_identity import identity_of
 from memopt.patches.vllm_config import VARIABLES, ThinKeys
@@ -79,6 +79,16 @@ class Setup:
             self.done[name] = self._start(request, keys)
         return self.done[name]
 
+    def reference(
+        self, keys: ThinKeys, prompts: list[list[int]] | None = None, *, chunk: int = 10**6
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens and log-probabilities of the masked reference; `prompts`: others than the setup's own."""
+        from tests.reference.thin_server import greedy
+
+        assert keys.channels is not None
+        sets, given = load_channels(keys.channels), self.prompts() if prompts is None else prompts
+        return greedy(self.model, given, self.new_tokens, sets, recent=keys.recent, chunk=chunk)
+
     def fail(self, keys: ThinKeys, model: Path | None = None, **options: Any) -> str:
         """Everything a failing engine wrote."""
         given = {"max_model_len": 256, "kv_cache_memory_bytes": 2**26, **options}
@@ -100,6 +110,12 @@ class Setup:
         command = [sys.executable, "-m", self.program, str(asked), str(result)]
         environment = clean_environment() | ({} if keys is None else keys.environment())
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment), result
+
+
+def farthest(found: dict[str, Any], logprobs: list[list[float]]) -> float:
+    """The largest difference of an engine's log-probabilities, in its first pass, to others."""
+    pairs = zip(found["passes"][0]["logprobs"], logprobs, strict=True)
+    return max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
 def clean_environment() -> dict[str, str]:

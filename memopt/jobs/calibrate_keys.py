@@ -16,7 +16,7 @@ from memopt.jobs.data_sources import read_records
 from memopt.jobs.tokenizing import Encoder, checked_vocabulary, load_tokenizer
 from memopt.kv.channel_file import ChannelSets, save_channels
 from memopt.kv.channels import choose, kept_count
-from memopt.kv.score_sums import LEAST_TOKENS
+from memopt.kv.score_sums import LEAST_TOKENS, MULTIPLE
 from memopt.patches.hf_files import resolve_checkpoint
 
 Engine = Literal["hf", "vllm"]
@@ -40,7 +40,7 @@ def calibrate_keys(
     windows: int = 128,
     seq_len: int = 1024,
     observation: int | None = None,
-    multiple: int = 16,
+    multiple: int = MULTIPLE,
     device: str | None = None,
     engine: Engine = "hf",
     engine_options: Mapping[str, Any] | None = None,
@@ -51,7 +51,7 @@ def calibrate_keys(
     The choice is that of memopt.kv.joint, as in a cache that chooses for each prompt, over all windows together.
 
     The first `windows` windows of at most `seq_len` tokens are used. `observation`: only that many of each window's
-    last queries count. The count of channels is rounded up to `multiple`; 16 suits vLLM's kernels too. `on_window`
+    last queries count. The count of channels is rounded up to `multiple`. `on_window`
     hears the number of windows done and their tokens in all. `engine`: "hf" runs the model in transformers on `device`;
     "vllm" serves the windows with vLLM's stock attention in this process, where it computes, and takes more of its
     engine's options from `engine_options`.

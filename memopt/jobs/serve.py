@@ -91,18 +91,14 @@ def check(request: ServeRequest) -> ServePlan:
             keys exclude; a port in use.
     """
     kind = vllm_kind()
-    if request.calibration is not None and not request.calibration.path.parent.is_dir():
-        where = request.calibration.path
-        raise BadInput(f"--calibrate-keys {where}: no such directory {where.parent}; make it first")
+    if request.calibration is not None:
+        _check_calibration(request, request.calibration.path)
     if request.keys.thins:
         _check_options(request)
-    plugins = entry_points(group="vllm.general_plugins")
     if request.patched:
         _check_spelling(request)
-    if request.calibration is not None and request.option("--data-parallel-size", "-dp") not in (None, "1"):
-        raise BadInput("--data-parallel-size above 1: each engine sees only its share; calibrate with 1")
-    if request.patched and not any(each.value.startswith("memopt.") for each in plugins):
-        raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
+        if not any(each.value.startswith("memopt.") for each in entry_points(group="vllm.general_plugins")):
+            raise BadInput("memopt is not installed where vLLM could find its plugin; pip install memopt there")
     _check_port(request)
     config = load_config(request.model)
     directory = resolve_checkpoint(request.model)
@@ -292,6 +288,13 @@ def _gauges(request: ServeRequest, plan: ServePlan, sampler: TreeSampler, receip
     if found is not None:
         rows.append(("memopt_kv_page_bytes", "One block in one layer, as the engine counts it", found.page_bytes))
     return exposition(Metric(name=name, kind="gauge", help=text, samples=(({}, value),)) for name, text, value in rows)
+
+
+def _check_calibration(request: ServeRequest, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise BadInput(f"--calibrate-keys {path}: no such directory {path.parent}; make it first")
+    if request.option("--data-parallel-size", "-dp") not in (None, "1"):
+        raise BadInput("--data-parallel-size above 1: each engine sees only its share; calibrate with 1")
 
 
 def _check_spelling(request: ServeRequest) -> None:

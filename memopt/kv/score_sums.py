@@ -9,6 +9,8 @@ from memopt.errors import BadInput
 
 LEAST_TOKENS = 16
 """Shorter windows say nothing about a context."""
+MULTIPLE = 16
+"""Kept channels are rounded up to this where they are chosen once for all: it suits vLLM's kernels."""
 RECENT = 32
 """Tokens that are taken to stay whole when channels are chosen for many prompts (memopt.kv.joint)."""
 

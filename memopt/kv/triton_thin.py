@@ -151,7 +151,9 @@ def attend(
     rest = pages.rest if pages.rest is not None else pages.thin
     rest_table = tables.rest if tables.rest is not None else tables.thin
     exact_from = tables.exact_from if tables.exact_from is not None else lengths
-    wide, rows = _power(values), max(_ROWS, _power(queries * group))
+    kept_block, dropped_block, wide = (_power(size) for size in (pages.kept, max(full - pages.kept, 1), values))
+    rows = max(_ROWS, _power(queries * group))
+    tile_bytes = (kept_block + dropped_block + wide) * pages.thin.element_size() * rows // _ROWS
     shape = (splits if splits > 1 else 0, *query.shape[:2])
     partial = torch.empty(*shape, wide, dtype=torch.float32, device=query.device)
     tops, sums = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -184,14 +186,14 @@ def attend(
         GROUP=group,
         QUERIES=queries,
         ROWS=rows,
-        TOKENS=_tile_tokens(rows, pages, full),
+        TOKENS=max(16, min(64, 1 << (_TILE_BYTES // tile_bytes).bit_length() - 1)),  # a power of two
         BLOCK=pages.thin.shape[2],
         REST_BLOCK=rest.shape[2],
         KEPT=pages.kept,
         DROPPED=full - pages.kept if held else 0,
         VALUE=values,
-        BLOCK_KEPT=_power(pages.kept),
-        BLOCK_DROPPED=_power(max(full - pages.kept, 1)),
+        BLOCK_KEPT=kept_block,
+        BLOCK_DROPPED=dropped_block,
         BLOCK_VALUE=wide,
         SPLITS=splits,
         CAPPED=soft_cap > 0,
@@ -211,13 +213,6 @@ def attend(
             SPLITS=splits,
         )
     return out
-
-
-def _tile_tokens(rows: int, pages: ThinPages, full: int) -> int:
-    """Cached tokens that a tile multiplies at once."""
-    width = _power(pages.kept) + _power(max(full - pages.kept, 1)) + _power(pages.thin.shape[3] - pages.kept)
-    tokens = _TILE_BYTES * _ROWS // (width * pages.thin.element_size() * rows)
-    return max(16, min(64, 1 << (tokens.bit_length() - 1)))
 
 
 def _power(size: int) -> int:
